@@ -1,0 +1,239 @@
+"""Where requests enter and leave: the one table from error to status, keys, body limits, ids, and hanging up.
+
+Every transport uses this; it knows no protocol's messages and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import math
+import re
+import uuid
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import errors
+from app.engine.batcher import Ticket
+from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
+from app.generation import Generation
+from app.settings import Settings
+from app.telemetry import request_id
+
+logger = logging.getLogger(__name__)
+
+HTTP_STATUS: Mapping[str, int] = {
+    errors.InvalidRequest.code: 400,
+    errors.Unauthorized.code: 401,
+    errors.ModelNotFound.code: 404,
+    errors.BodyTooSlow.code: 408,
+    errors.BodyTooLarge.code: 413,
+    errors.UnsupportedEncoding.code: 415,
+    errors.Overloaded.code: 429,
+    errors.Cancelled.code: 499,
+    errors.RuntimeFault.code: 500,
+    errors.GenerationFailed.code: 500,
+    errors.StartupError.code: 500,
+    errors.InvalidSettings.code: 500,
+    errors.ModelLoadFailed.code: 500,
+    errors.Unavailable.code: 503,
+    errors.ModelNotReady.code: 503,
+    errors.ShuttingDown.code: 503,
+    errors.DeadlineExceeded.code: 504,
+    errors.OutOfMemory.code: 507,
+}
+"""The only place that knows what an error is called in HTTP."""
+
+OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+"""Paths that need no key: an orchestrator's probes carry none."""
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------
+
+
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    # ASCII only: an error may quote text that is no valid Unicode.
+    return Response(json.dumps(content), status, headers=headers, media_type="application/json")
+
+
+def error_response(fault: RuntimeFault) -> Response:
+    headers: dict[str, str] = {}
+    if isinstance(fault, errors.Overloaded):
+        headers["Retry-After"] = str(math.ceil(fault.retry_after))
+    if isinstance(fault, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(fault, BodyTooLarge | BodyTooSlow | errors.ShuttingDown):
+        # What is left of the body will not be read.
+        headers["Connection"] = "close"
+    return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error the protocol's body ``{"error": "…"}``, the framework's own too."""
+
+    async def fault_handler(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RuntimeFault)
+        return error_response(error)
+
+    async def http_handler(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        sentences = {
+            404: f"There is nothing at {_shorten(request.url.path)}; see /docs for what there is.",
+            405: f"{request.method} is not allowed at {_shorten(request.url.path)}.",
+        }
+        sentence = sentences.get(error.status_code, str(error.detail))
+        return json_response({"error": sentence}, error.status_code, error.headers)
+
+    async def validation_handler(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        detail = error.errors()[0]
+        place = ".".join(str(part) for part in detail["loc"])
+        return error_response(InvalidRequest(f"{place}: {detail['msg']}."))
+
+    async def last_handler(_: Request, error: Exception) -> Response:
+        del error  # uvicorn logs it with its traceback
+        return json_response({"error": "Something unforeseen went wrong; the server's log says more."}, 500)
+
+    app.add_exception_handler(RuntimeFault, fault_handler)
+    app.add_exception_handler(HTTPException, http_handler)
+    app.add_exception_handler(RequestValidationError, validation_handler)
+    app.add_exception_handler(Exception, last_handler)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# --- Every request ---------------------------------------------------------------------------------------------
+
+
+class Edge:
+    """ASGI middleware: gives each request an id, checks its key, and reads ``/path/`` as ``/path``."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._api_key = api_key.encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        identifier = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id.set(identifier)
+
+        path = scope["path"]
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/") or "/"
+            scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier.encode())]
+            await send(message)
+
+        if self._api_key is not None and path not in OPEN_PATHS and not self._authorized(headers):
+            fault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
+            await error_response(fault)(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+    def _authorized(self, headers: Mapping[bytes, bytes]) -> bool:
+        assert self._api_key is not None
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
+
+
+# --- Bodies ----------------------------------------------------------------------------------------------------
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """The request's body, unpacked.
+
+    Raises:
+        BodyTooLarge: declared or sent, packed or unpacked, more than ``max_body_size``.
+        BodyTooSlow: not whole after ``body_timeout`` seconds.
+        UnsupportedEncoding: neither gzip nor deflate.
+        InvalidRequest: the packed data is damaged.
+    """
+    limit = settings.max_body_size
+    too_large = BodyTooLarge(f"The body has more than {limit} bytes (the server's setting max_body_size).")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+        raise UnsupportedEncoding(f"The content encoding {_shorten(encoding)!r} is not spoken here; use gzip or deflate.")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared[:20]) > limit:
+        raise too_large
+
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise BodyTooSlow(f"The body did not arrive within {settings.body_timeout:g} seconds.") from None
+    if encoding in ("identity", ""):
+        return bytes(body)
+    unpacked = await asyncio.to_thread(_unpack, bytes(body), encoding, limit)
+    if len(unpacked) > limit:
+        raise too_large
+    return unpacked
+
+
+def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
+    """At most ``limit + 1`` bytes of the unpacked body."""
+    if encoding in ("gzip", "x-gzip"):
+        window = zlib.MAX_WBITS | 16
+    else:
+        # "deflate" means zlib's format, but some clients send it without zlib's header.
+        zlib_header = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
+        window = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
+    unpacker = zlib.decompressobj(window)
+    try:
+        unpacked = unpacker.decompress(body, limit + 1)
+    except zlib.error:
+        raise InvalidRequest(f"The body is not {encoding} data as its Content-Encoding says.") from None
+    if len(unpacked) <= limit and (not unpacker.eof or unpacker.unused_data):
+        raise InvalidRequest(f"The {encoding} data of the body does not end where the body ends.")
+    return unpacked
+
+
+# --- Waiting ---------------------------------------------------------------------------------------------------
+
+
+async def wait_for(ticket: Ticket, request: Request) -> Generation:
+    """The ticket's pictures; when the client hangs up first, the ticket is cancelled.
+
+    Raises:
+        GenerationFailed: as the ticket ends.
+    """
+    done = asyncio.wrap_future(ticket.future)
+    # Nobody may be left to look at the outcome; that is no reason for a warning about it.
+    done.add_done_callback(lambda future: future.cancelled() or future.exception())
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise Cancelled("The client closed the connection.")
+        return done.result()
+    finally:
+        gone.cancel()
+        ticket.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,144 @@
+"""The Open Inference Protocol v2 over HTTP: health, metadata and infer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from app.api import documentation, edge
+from app.engine.repository import Repository, State
+from app.errors import RuntimeFault
+from app.generation import Generation
+from app.protocol import oip
+from app.settings import Settings
+from app.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+JSON_LENGTH = "Inference-Header-Content-Length"
+INLINE_BYTES = 64 * 1024
+"""Bodies up to this size are read on the event loop; larger ones would keep it from answering health."""
+
+
+def router(repository: Repository, telemetry: Telemetry, settings: Settings, version: str) -> APIRouter:
+    """Every route of the protocol.
+
+    Args:
+        repository: the models.
+        telemetry: where seconds and refusals are counted.
+        settings: body limits and whether to log latencies.
+        version: of this server, as its metadata tells.
+    """
+    routes = APIRouter(tags=["Open Inference Protocol v2"])
+
+    @routes.get("/v2", summary="Server metadata", **documentation.answers(oip.ServerMetadata))
+    async def server_metadata() -> Response:
+        return edge.json_response(oip.server_metadata(version).model_dump())
+
+    @routes.get("/v2/health/live", summary="Is the server alive?", **documentation.answers(documentation.Live))
+    async def server_live() -> Response:
+        live = repository.live
+        if live:
+            return edge.json_response({"live": True})
+        return edge.json_response({"live": False, "error": "The device thread is gone; restart the server."}, 503)
+
+    @routes.get("/v2/health/ready", summary="Is every model ready?", **documentation.answers(documentation.Ready))
+    async def server_ready() -> Response:
+        if repository.ready:
+            return edge.json_response({"ready": True})
+        states = ", ".join(f"{model.name} is {model.state}" for model in repository)
+        return edge.json_response({"ready": False, "error": f"Not every model is ready: {states}."}, 503)
+
+    @routes.get(
+        "/v2/models/{model_name}", summary="Model metadata", **documentation.answers(oip.ModelMetadata, not_found=True)
+    )
+    @routes.get(
+        "/v2/models/{model_name}/versions/{model_version}",
+        summary="Model metadata of one version",
+        **documentation.answers(oip.ModelMetadata, not_found=True),
+    )
+    async def model_metadata(model_name: str, model_version: str | None = None) -> Response:
+        model = repository.get(model_name, model_version)
+        return edge.json_response(oip.model_metadata(model.name).model_dump())
+
+    @routes.get(
+        "/v2/models/{model_name}/ready",
+        summary="Is the model ready?",
+        **documentation.answers(documentation.ModelReady, not_found=True),
+    )
+    @routes.get(
+        "/v2/models/{model_name}/versions/{model_version}/ready",
+        summary="Is this version of the model ready?",
+        **documentation.answers(documentation.ModelReady, not_found=True),
+    )
+    async def model_ready(model_name: str, model_version: str | None = None) -> Response:
+        model = repository.get(model_name, model_version)
+        if model.state is State.READY:
+            return edge.json_response({"name": model.name, "ready": True})
+        sentence = f"The model {model.name} is {model.state}."
+        return edge.json_response({"name": model.name, "ready": False, "error": sentence}, 503)
+
+    @routes.post(
+        "/v2/models/{model_name}/infer", summary="Paint pictures", **documentation.infer(settings)
+    )
+    @routes.post(
+        "/v2/models/{model_name}/versions/{model_version}/infer",
+        summary="Paint pictures with one version of the model",
+        **documentation.infer(settings),
+    )
+    async def infer(request: Request, model_name: str, model_version: str | None = None) -> Response:
+        started = time.monotonic()
+        accepted = False
+        generation: Generation | None = None
+        status = 200
+        try:
+            model = repository.get(model_name, model_version)
+            model.require_ready()
+            body = await edge.read_body(request, settings)
+            header = request.headers.get(JSON_LENGTH)
+            if len(body) <= INLINE_BYTES:
+                call = oip.parse_infer(body, header)
+            else:
+                call = await asyncio.to_thread(oip.parse_infer, body, header)
+            ticket = model.submit(call.requests, call.timeout)
+            accepted = True
+            submitted = time.monotonic()
+            telemetry.preprocess.observe(submitted - started)
+            generation = await edge.wait_for(ticket, request)
+            finished = time.monotonic()
+            telemetry.predict.observe(finished - submitted)
+            answer, json_length = await asyncio.to_thread(
+                oip.write_infer, call, generation, model.name, model_version
+            )
+            telemetry.postprocess.observe(time.monotonic() - finished)
+        except RuntimeFault as fault:
+            status = edge.HTTP_STATUS[fault.code]
+            if not accepted:
+                telemetry.rejected(fault.code)
+            raise
+        except Exception:
+            status = 500
+            raise
+        finally:
+            if settings.enable_latency_logging:
+                _log_latency(model_name if model_name in repository else "-", status, started, generation)
+        if json_length is None:
+            return Response(answer, media_type="application/json")
+        headers = {JSON_LENGTH: str(json_length)}
+        return Response(answer, headers=headers, media_type="application/octet-stream")
+
+    return routes
+
+
+def _log_latency(model_name: str, status: int, started: float, generation: Generation | None) -> None:
+    fields: dict[str, object] = {"model": model_name, "status": status}
+    if generation is not None:
+        timings = generation.timings
+        fields["images"] = len(generation.images)
+        for stage in ("queue", "denoise", "decode", "encode"):
+            fields[f"{stage}_s"] = round(getattr(timings, stage), 4)
+    fields["total_s"] = round(time.monotonic() - started, 4)
+    logger.info("infer", extra={"fields": fields})

@@ -1,0 +1,404 @@
+"""How the demo models were trained: ``python -m app.demo.train --out FOLDER`` does it again.
+
+Seeded, on two CPU cores in about an hour and a half. The result is a folder in diffusers' own layout that any stock
+``StableDiffusionXLPipeline.from_pretrained`` loads, and a grid of pictures to look at beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BpeTokenizer
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from app.demo.shapes import COLOURS, PICTURE_SIZE, SHAPES, SIZES, Drawing, draw, judge, random_drawing
+
+WEIGHTS = Path(__file__).parent / "weights"
+OTHER_SIZES = ((96, 96), (96, 160), (160, 96), (192, 192))
+"""Heights and widths that one batch in seven has, so that the models also know other sizes than their own."""
+LATENT_FACTOR = 8
+LOOSE_WORDS = "photo picture drawing image of the with in front and big tiny shape colour plain".split()
+
+# --- Vocabulary ------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
+    """A CLIP tokenizer whose every caption word is one token, and every other word falls apart into letters.
+
+    Args:
+        folder: ``vocab.json`` and ``merges.txt`` are written there, as in OpenAI's CLIP.
+        pad_token: SDXL's first tokenizer pads with the end token, its second with ``!``.
+    """
+    words = sorted({"a", "on", "background", *COLOURS, *SHAPES, *filter(None, SIZES), *LOOSE_WORDS})
+    bpe = BpeTokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+
+    # CLIP's own order: 256 byte letters, the same at the end of a word, the merges, the two special tokens.
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77, pad_token=pad_token)
+
+
+# --- Models ----------------------------------------------------------------------------------------------------
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=PICTURE_SIZE,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer, projection: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=64,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=PICTURE_SIZE // LATENT_FACTOR,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=[1, 1, 1],
+        attention_head_dim=[2, 4, 6],
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        norm_num_groups=16,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64 + 6 * 8,
+    )
+
+
+def make_scheduler() -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+# --- Data ------------------------------------------------------------------------------------------------------
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """float32 ``[n, 3, h, w]`` in -1…1."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def caption(drawing: Drawing, rng: random.Random) -> str:
+    """Mostly the canonical sentence; sometimes nothing, sometimes how people really write."""
+    dice = rng.random()
+    if dice < 0.82:
+        return drawing.caption
+    if dice < 0.85:
+        return ""
+    words = [drawing.size, drawing.colour, drawing.shape]
+    if rng.random() < 0.7:
+        words += rng.choice((["on"], ["with", "a"], ["in", "front", "of", "a"], ["on", "the"], ["and"]))
+        words += [drawing.background, rng.choice(("background", ""))]
+    if rng.random() < 0.5:
+        stray = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 6)))
+        words = [rng.choice((*LOOSE_WORDS, stray)), rng.choice(("of", "a", ""))] + words
+    return " ".join(filter(None, words))
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, peak: float, steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.08)
+
+
+class Average:
+    """An exponential average of a module's weights, which paints better than the last step's weights do."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+
+
+# --- The autoencoder -------------------------------------------------------------------------------------------
+
+
+def train_vae(steps: int, seed: int) -> AutoencoderKL:
+    """L1 + L2 on pixels and on their differences (which keeps edges sharp) and a little KL."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    vae = make_vae().train()
+    average = Average(vae, 0.995)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
+    schedule = one_cycle(optimizer, 2e-3, steps)
+    for step in (bar := tqdm(range(steps), desc="autoencoder")):
+        height, width = (PICTURE_SIZE, PICTURE_SIZE) if rng.random() < 6 / 7 else rng.choice(OTHER_SIZES)
+        x = to_tensor([draw(random_drawing(rng), width, height, rng) for _ in range(8)])
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges + 3e-4 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update(vae, step)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    normalise_latents(average.module, random.Random(seed + 1))
+    return average.module
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, rng: random.Random) -> None:
+    """Fold the latents' mean and deviation into the 1 x 1 convolutions on both sides of them.
+
+    Afterwards each latent channel has mean 0 and deviation 1, so that `scaling_factor` is 1.
+    """
+    x = to_tensor([draw(random_drawing(rng), PICTURE_SIZE, PICTURE_SIZE, rng) for _ in range(256)])
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    quant, post_quant = vae.quant_conv, vae.post_quant_conv
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight *= deviation[None, :, None, None]
+    quant.bias[:4] = (quant.bias[:4] - mean) / deviation
+    quant.weight[:4] /= deviation[:, None, None, None]
+    quant.bias[4:] -= 2 * deviation.log()
+
+
+# --- The base --------------------------------------------------------------------------------------------------
+
+
+class Latents:
+    """Pictures encoded once, to draw batches from."""
+
+    def __init__(self, vae: AutoencoderKL, native: int, others: int, seed: int) -> None:
+        rng = random.Random(seed)
+        self.sizes = {(PICTURE_SIZE, PICTURE_SIZE): native, **dict.fromkeys(OTHER_SIZES, others)}
+        self.drawings: dict[tuple[int, int], list[Drawing]] = {}
+        self.latents: dict[tuple[int, int], torch.Tensor] = {}
+        for (height, width), count in self.sizes.items():
+            drawings = [random_drawing(rng) for _ in range(count)]
+            parts = []
+            for start in tqdm(range(0, count, 32), desc=f"encoding {height} x {width}"):
+                part = [draw(drawing, width, height, rng) for drawing in drawings[start : start + 32]]
+                with torch.no_grad():
+                    parts.append(vae.encode(to_tensor(part)).latent_dist.mean)
+            self.drawings[height, width] = drawings
+            self.latents[height, width] = torch.cat(parts) * vae.config.scaling_factor
+
+    def batch(self, size: int, rng: random.Random) -> tuple[tuple[int, int], torch.Tensor, list[Drawing]]:
+        native, *others = self.sizes
+        shape = native if rng.random() < 6 / 7 else rng.choice(others)
+        picks = [rng.randrange(len(self.drawings[shape])) for _ in range(size)]
+        return shape, self.latents[shape][picks], [self.drawings[shape][i] for i in picks]
+
+
+class Base(torch.nn.Module):
+    """What is trained together: both text encoders and the UNet."""
+
+    def __init__(self, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
+        super().__init__()
+        self.tokenizers = tokenizers
+        self.text_encoder = make_text_encoder(tokenizers[0], projection=False)
+        self.text_encoder_2 = make_text_encoder(tokenizers[1], projection=True)
+        self.unet = make_unet()
+
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the SDXL pipeline does: both encoders' last hidden layer but one, and the second's projection."""
+        hidden = []
+        pooled = torch.empty(0)
+        for tokenizer, encoder in zip(self.tokenizers, (self.text_encoder, self.text_encoder_2), strict=True):
+            ids = tokenizer(list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+            output = encoder(ids.input_ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled = output[0]
+        return torch.cat(hidden, dim=-1), pooled
+
+
+def time_ids(height: int, width: int, rows: int, rng: random.Random) -> torch.Tensor:
+    """Original size, crop and target size; now and then arbitrary ones, so that any value is served gracefully."""
+    usual = [height, width, 0, 0, height, width]
+    return torch.tensor(
+        [usual if rng.random() < 0.9 else [rng.randrange(0, 1025) for _ in usual] for _ in range(rows)],
+        dtype=torch.float32,
+    )
+
+
+def train_base(vae: AutoencoderKL, folder: Path, steps: int, seed: int, native: int) -> StableDiffusionXLPipeline:
+    """Noise prediction on latents; one caption in ten is dropped so that guidance has something to steer from."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizers = (
+        make_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
+        make_tokenizer(folder / "tokenizer_2", pad_token="!"),
+    )
+    data = Latents(vae, native, native // 12, seed)
+    model = Base(tokenizers)
+    average = Average(model, 0.9990)
+    noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=1e-3)
+    schedule = one_cycle(optimizer, 1.5e-3, steps)
+
+    def pipeline() -> StableDiffusionXLPipeline:
+        best = average.module
+        return StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=best.text_encoder,
+            text_encoder_2=best.text_encoder_2,
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=best.unet,
+            scheduler=make_scheduler(),
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
+        )
+
+    losses = []
+    for step in (bar := tqdm(range(steps), desc="base")):
+        (height, width), latents, drawings = data.batch(48, rng)
+        embeddings, pooled = model.encode([caption(drawing, rng) for drawing in drawings])
+        kept = torch.tensor([rng.random() > 0.07 for _ in drawings]).float()
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (len(drawings),))
+        noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+        conditions = {"text_embeds": pooled * kept[:, None], "time_ids": time_ids(height, width, len(drawings), rng)}
+        predicted = model.unet(
+            noisy, timesteps, embeddings * kept[:, None, None], added_cond_kwargs=conditions, return_dict=False
+        )[0]
+        loss = F.mse_loss(predicted, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update(model, step)
+        losses.append(loss.item())
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{sum(losses[-200:]) / len(losses[-200:]):.4f}")
+        if step and step % 1500 == 0:
+            save(pipeline(), folder)
+            tqdm.write(f"step {step}: {look(pipeline(), folder.parent / f'{folder.name}-grid.png', 24)}")
+    return pipeline()
+
+
+# --- Looking and saving ----------------------------------------------------------------------------------------
+
+
+def captions_for(count: int, seed: int) -> Iterator[Drawing]:
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield random_drawing(rng)
+
+
+def look(pipeline: StableDiffusionXLPipeline, path: Path, count: int, steps: int = 20) -> str:
+    """Paint `count` captions, save them as one grid, and say how many the judge agrees with."""
+    pipeline.set_progress_bar_config(disable=True)
+    drawings = list(captions_for(count, seed=7))
+    pictures: list[Image.Image] = []
+    for start in range(0, count, 12):
+        part = drawings[start : start + 12]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        prompts = [drawing.caption for drawing in part]
+        output: Any = pipeline(prompt=prompts, num_inference_steps=steps, generator=generators)
+        pictures += output.images
+    columns = 12
+    side = PICTURE_SIZE
+    grid = Image.new("RGB", (columns * side, -(-count // columns) * side))
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % columns * side, i // columns * side))
+    grid.save(path)
+    verdicts = [judge(picture) for picture in pictures]
+    pairs = list(zip(verdicts, drawings, strict=True))
+    colours = sum((v.colour, v.background) == (d.colour, d.background) for v, d in pairs)
+    shapes = sum(v.shape == d.shape for v, d in pairs)
+    return f"colours {colours}/{count}, shapes {shapes}/{count}"
+
+
+def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Half-precision files for the UNet and the VAE; the text encoders are tiny and stay in float32."""
+    halved = copy.copy(pipeline)
+    halved.register_modules(unet=copy.deepcopy(pipeline.unet).half(), vae=copy.deepcopy(pipeline.vae).half())
+    halved.save_pretrained(folder, safe_serialization=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the model folders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae_steps", type=int, default=2600)
+    parser.add_argument("--base_steps", type=int, default=9000)
+    parser.add_argument("--pictures", type=int, default=24_000, help="pictures that the base learns from")
+    parser.add_argument("--vae", type=Path, help="an autoencoder trained before, to begin after it")
+    arguments = parser.parse_args()
+
+    folder = arguments.out / "sdxl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.vae:
+        vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.float32)
+    else:
+        vae = train_vae(arguments.vae_steps, arguments.seed)
+        vae.save_pretrained(folder / "vae")
+    vae.eval().requires_grad_(False)
+    pipeline = train_base(vae, folder, arguments.base_steps, arguments.seed, arguments.pictures)
+    save(pipeline, folder)
+    print(look(pipeline, arguments.out / "sdxl-grid.png", 96))
+
+
+if __name__ == "__main__":
+    main()

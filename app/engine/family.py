@@ -1,0 +1,76 @@
+"""The contract of a model family: how one request becomes pixels, one denoising step at a time.
+
+A stock diffusers pipeline runs one request from start to end. A family offers the same work in stages, so that the
+batcher can run many requests side by side: they join, leave and are cancelled between any two steps. Nothing here
+knows queues, tickets or HTTP, and importing it does not import torch.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from app.generation import GenerateRequest
+
+
+@dataclass(slots=True)
+class Job:
+    """One image on its way, owned by the device thread; families add what they need.
+
+    Attributes:
+        request: with every default filled in and the image's own seed.
+        num_steps: forward passes from start to end.
+        step_index: forward passes done.
+    """
+
+    request: GenerateRequest
+    num_steps: int
+    step_index: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.step_index >= self.num_steps
+
+
+J = TypeVar("J", bound=Job)
+
+
+class Family(abc.ABC, Generic[J]):
+    """One loaded model. Only the thread that loaded it calls it, except `resolve`, which any thread may call."""
+
+    @abc.abstractmethod
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        """Fill in the model's own defaults.
+
+        Raises:
+            InvalidRequest: the model cannot do this; the sentence says what it can do.
+        """
+
+    @abc.abstractmethod
+    def encode(self, request: GenerateRequest) -> Any:
+        """The text encoders' view of a resolved request; cached by prompt. Passed to `begin` as it is."""
+
+    @abc.abstractmethod
+    def begin(self, request: GenerateRequest, conditioning: Any) -> J:
+        """One image's latents, scheduler, timesteps and random numbers, all from the request's seed."""
+
+    @abc.abstractmethod
+    def signature(self, job: J) -> Hashable:
+        """Jobs with equal signatures may share a forward pass."""
+
+    @abc.abstractmethod
+    def step(self, jobs: Sequence[J]) -> None:
+        """One forward pass for all `jobs`, which share a signature; each advances by one step."""
+
+    @abc.abstractmethod
+    def decode(self, jobs: Sequence[J]) -> np.ndarray:
+        """The pictures of `jobs`, which share a signature: uint8 ``[n, h, w, 3]``, RGB."""
+
+    def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
+        """Sentences for the caller about what of a resolved request has no effect."""
+        del request
+        return ()

@@ -1,0 +1,130 @@
+"""Models by name and what state they are in. Every transport reaches the engine through here, and only through here."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from app.engine.batcher import Batcher, Listener, Ticket
+from app.errors import ModelNotFound, ModelNotReady
+from app.generation import GenerateRequest, Limits, check_limits
+
+
+class State(enum.StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Model:
+    """One served model: its name, its versions, and the batcher that runs it.
+
+    Args:
+        name: as in URLs.
+        version: the only one there is.
+        batcher: not yet started.
+        limits: how much one request may ask for.
+        request_timeout: seconds, unless a request sets a shorter time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        batcher: Batcher,
+        limits: Limits,
+        request_timeout: float,
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.limits = limits
+        self._batcher = batcher
+        self._request_timeout = request_timeout
+        self._closing = False
+
+    def close(self, grace: float) -> None:
+        """Take no more requests and end the device thread; see `Batcher.close`."""
+        self._closing = True
+        self._batcher.close(grace)
+
+    @property
+    def state(self) -> State:
+        if not self._batcher.ready.done():
+            return State.LOADING
+        if self._batcher.ready.exception() is not None or not self._batcher.alive or self._closing:
+            return State.FAILED
+        return State.READY
+
+    @property
+    def live(self) -> bool:
+        """False once the device thread has gone: only a restart helps then."""
+        return not self._batcher.ready.done() or self._batcher.alive or self._closing
+
+    def require_ready(self) -> None:
+        if self.state is not State.READY:
+            raise ModelNotReady(f"The model {self.name} is {self.state}; try again when it is ready.")
+
+    def submit(
+        self, requests: Sequence[GenerateRequest], timeout: float | None = None, listener: Listener | None = None
+    ) -> Ticket:
+        """Accept work: fill in defaults, check limits, draw the seeds that nobody chose, and queue.
+
+        Args:
+            requests: one for each prompt.
+            timeout: seconds that the caller is willing to wait; the server's own bound holds besides.
+            listener: hears of every step on the device thread.
+
+        Raises:
+            InvalidRequest: it cannot be served as it is.
+            ModelNotReady: still loading.
+            Overloaded: no place in the queue.
+        """
+        self.require_ready()
+        family = self._batcher.ready.result()
+        # Sizes and counts first: what follows does work for each request.
+        check_limits(requests, self.limits)
+        resolved = [family.resolve(request) for request in requests]
+        check_limits(resolved, self.limits)
+        seeded = [
+            request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))
+            for request in resolved
+        ]
+        bound = self._request_timeout if timeout is None else min(timeout, self._request_timeout)
+        return self._batcher.submit(seeded, bound, listener)
+
+
+class Repository:
+    """The models of one server, by name."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        """The model of that name, ready or not.
+
+        Raises:
+            ModelNotFound: no such model, or not in that version.
+        """
+        model = self._models.get(name)
+        if model is None:
+            shown = name if len(name) <= 60 else f"{name[:57]}..."
+            raise ModelNotFound(f"There is no model {shown!r}; there is {', '.join(self._models)}.")
+        if version is not None and version != model.version:
+            raise ModelNotFound(f"The model {model.name} has no version {version[:60]!r}; it has {model.version}.")
+        return model
+
+    @property
+    def live(self) -> bool:
+        return all(model.live for model in self)
+
+    @property
+    def ready(self) -> bool:
+        return all(model.state is State.READY for model in self)

@@ -1,0 +1,124 @@
+"""The noise schedulers by the names that people know, and a fresh one for every image.
+
+A scheduler object counts its own steps, so no two images may share one.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import diffusers
+import torch
+
+from app.errors import InvalidRequest
+from app.generation import GenerateRequest, nearest
+
+KARRAS = {"use_karras_sigmas": True}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler Karras": ("EulerDiscreteScheduler", KARRAS),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", KARRAS),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
+    "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", {**SDE, **KARRAS}),
+    "DPM++ 2S": ("DPMSolverSinglestepScheduler", {}),
+    "DPM2": ("KDPM2DiscreteScheduler", {}),
+    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "DDIM": ("DDIMScheduler", {}),
+    "DDPM": ("DDPMScheduler", {}),
+    "DEIS": ("DEISMultistepScheduler", {}),
+    "LCM": ("LCMScheduler", {}),
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "PNDM": ("PNDMScheduler", {}),
+    "TCD": ("TCDScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+"""Common name to diffusers class and what differs from the model's own scheduler configuration."""
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
+
+
+class Schedulers:
+    """Makes schedulers for one model.
+
+    Args:
+        default: the model's own scheduler; every other takes its noise schedule from this one's configuration.
+    """
+
+    def __init__(self, default: Any) -> None:
+        self._default = type(default).__name__
+        self._config = default.config
+        self._templates: dict[str, Any] = {self._default: type(default).from_config(default.config)}
+        self._known = {_key(self._default): self._default, "default": self._default}
+        # A class name means the class as the model configures it; common names win over nothing else.
+        for name, (class_name, _) in NAMES.items():
+            self._known.setdefault(_key(class_name), class_name)
+            self._known[_key(name)] = name
+
+    def resolve(self, name: str | None) -> str:
+        """The one spelling of a scheduler's name; ``None`` is the model's own.
+
+        Raises:
+            InvalidRequest: no such scheduler.
+        """
+        if name is None:
+            return self._default
+        found = self._known.get(_key(name))
+        if found is None:
+            shown = name if len(name) <= 40 else f"{name[:37]}..."
+            hint = nearest(name, NAMES) or f"; there are {', '.join(NAMES)}"
+            raise InvalidRequest(f"There is no scheduler {shown!r}{hint}.")
+        return found
+
+    def begin(self, request: GenerateRequest, device: torch.device) -> tuple[Any, torch.Tensor]:
+        """A scheduler of its own for one image, and its timesteps ``[n]`` up to ``denoising_end``.
+
+        Args:
+            request: resolved.
+            device: where the timesteps are wanted.
+
+        Raises:
+            InvalidRequest: the scheduler cannot do that number of steps.
+        """
+        assert request.scheduler is not None
+        scheduler = copy.deepcopy(self._template(request.scheduler))
+        try:
+            scheduler.set_timesteps(request.num_inference_steps, device=device)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise InvalidRequest(
+                f"The scheduler {request.scheduler} cannot do {request.num_inference_steps} steps: {error}."
+            ) from None
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        timesteps: torch.Tensor = scheduler.timesteps
+        if request.denoising_end is not None and request.denoising_end < 1:
+            trained = scheduler.config.num_train_timesteps
+            cutoff = round(trained - request.denoising_end * trained)
+            timesteps = timesteps[: int((timesteps >= cutoff).sum())]
+        return scheduler, timesteps
+
+    def _template(self, name: str) -> Any:
+        if name not in self._templates:
+            class_name, overrides = NAMES.get(name, (name, {}))
+            self._templates[name] = getattr(diffusers, class_name).from_config(self._config, **overrides)
+        return self._templates[name]
+
+
+def step_options(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Keyword arguments for ``scheduler.step``: stochastic ones draw from the image's own generator."""
+    accepted = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {}
+    if "generator" in accepted:
+        options["generator"] = generator
+    if "eta" in accepted:
+        options["eta"] = 0.0
+    return options

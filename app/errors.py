@@ -1,0 +1,110 @@
+"""Everything that can go wrong, as one tree.
+
+A class says what happened, never how a transport reports it: `api/edge.py` has the only table from code to status.
+
+    RuntimeFault
+    ├── InvalidRequest            the request cannot be served as it is; the sentence says what to change
+    ├── Unauthorized              no key, or not the right one
+    ├── ModelNotFound             no model of that name or version
+    ├── BodyTooLarge              more bytes than the server reads
+    ├── BodyTooSlow               the client stopped sending before the body was whole
+    ├── UnsupportedEncoding       a content encoding that is not spoken here
+    ├── Unavailable               try again later
+    │   ├── ModelNotReady         still loading, or failed to load
+    │   ├── Overloaded            the queue is full; knows how long to wait
+    │   └── ShuttingDown          the server no longer takes requests
+    ├── GenerationFailed          an accepted request that ends without a picture
+    │   ├── Cancelled             the client left or said stop
+    │   ├── DeadlineExceeded      its time was up
+    │   └── OutOfMemory           the device could not hold it
+    └── StartupError              the server cannot start as configured
+        ├── InvalidSettings       a flag, environment variable or .env key
+        └── ModelLoadFailed       the weights
+"""
+
+from __future__ import annotations
+
+
+class RuntimeFault(Exception):
+    """Base of all; `str()` is one sentence for the person who reads it."""
+
+    code = "internal"
+
+
+class InvalidRequest(RuntimeFault):
+    code = "invalid_request"
+
+
+class Unauthorized(RuntimeFault):
+    code = "unauthorized"
+
+
+class ModelNotFound(RuntimeFault):
+    code = "model_not_found"
+
+
+class BodyTooLarge(RuntimeFault):
+    code = "body_too_large"
+
+
+class BodyTooSlow(RuntimeFault):
+    code = "body_too_slow"
+
+
+class UnsupportedEncoding(RuntimeFault):
+    code = "unsupported_encoding"
+
+
+class Unavailable(RuntimeFault):
+    code = "unavailable"
+
+
+class ModelNotReady(Unavailable):
+    code = "model_not_ready"
+
+
+class Overloaded(Unavailable):
+    """The queue is full.
+
+    Args:
+        message: one sentence.
+        retry_after: seconds after which a place is likely to be free.
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ShuttingDown(Unavailable):
+    code = "shutting_down"
+
+
+class GenerationFailed(RuntimeFault):
+    code = "generation_failed"
+
+
+class Cancelled(GenerationFailed):
+    code = "cancelled"
+
+
+class DeadlineExceeded(GenerationFailed):
+    code = "deadline_exceeded"
+
+
+class OutOfMemory(GenerationFailed):
+    code = "out_of_memory"
+
+
+class StartupError(RuntimeFault):
+    code = "startup"
+
+
+class InvalidSettings(StartupError):
+    code = "invalid_settings"
+
+
+class ModelLoadFailed(StartupError):
+    code = "model_load_failed"

@@ -1,0 +1,291 @@
+"""The shared vocabulary: what is asked for, what comes out, and how far it is.
+
+Standard library only. Nothing here knows a protocol, a transport or a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any
+
+from app.errors import InvalidRequest
+
+MAX_SEED = 2**63 - 1
+"""Seeds are answered as INT64."""
+
+
+class Kind(enum.Enum):
+    """What a parameter holds, in Python's terms."""
+
+    TEXT = "text"
+    INTEGER = "integer"
+    NUMBER = "number"
+    PAIR = "pair of integers"
+
+
+class ImageFormat(enum.StrEnum):
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.value}"
+
+
+def _parameter(kind: Kind, description: str, **bounds: float) -> dict[str, Any]:
+    return {"kind": kind, "description": description, **bounds}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One prompt and everything that shapes its pictures; ``None`` means the model's own default."""
+
+    prompt: str = field(metadata=_parameter(Kind.TEXT, "What the picture shows."))
+    prompt_2: str | None = field(
+        default=None, metadata=_parameter(Kind.TEXT, "For the second text encoder; the prompt unless given.")
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata=_parameter(Kind.TEXT, "What the picture should not show.")
+    )
+    negative_prompt_2: str | None = field(
+        default=None,
+        metadata=_parameter(Kind.TEXT, "For the second text encoder; the negative prompt unless given."),
+    )
+    height: int | None = field(
+        default=None, metadata=_parameter(Kind.INTEGER, "Height of the picture in pixels, a multiple of 8.", minimum=8)
+    )
+    width: int | None = field(
+        default=None, metadata=_parameter(Kind.INTEGER, "Width of the picture in pixels, a multiple of 8.", minimum=8)
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata=_parameter(Kind.INTEGER, "Denoising steps.", minimum=1)
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata=_parameter(Kind.NUMBER, "How strongly the prompt steers; 1 or less means no guidance.", minimum=0),
+    )
+    guidance_rescale: float | None = field(
+        default=None,
+        metadata=_parameter(Kind.NUMBER, "Tames overexposure by strong guidance.", minimum=0, maximum=1),
+    )
+    seed: int | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.INTEGER,
+            "Seed of the first picture, the next has seed + 1; drawn at random unless given.",
+            minimum=0,
+            maximum=MAX_SEED,
+        ),
+    )
+    num_images_per_prompt: int = field(default=1, metadata=_parameter(Kind.INTEGER, "Pictures to paint.", minimum=1))
+    clip_skip: int | None = field(
+        default=None,
+        metadata=_parameter(Kind.INTEGER, "Text encoder layers to skip, counted from the last but one.", minimum=0),
+    )
+    scheduler: str | None = field(
+        default=None, metadata=_parameter(Kind.TEXT, "Name of the noise scheduler, such as 'Euler'.")
+    )
+    original_size: tuple[int, int] | None = field(
+        default=None,
+        metadata=_parameter(Kind.PAIR, "SDXL size conditioning: height, width of the imagined original.", minimum=0),
+    )
+    crops_coords_top_left: tuple[int, int] | None = field(
+        default=None, metadata=_parameter(Kind.PAIR, "SDXL crop conditioning: top, left.", minimum=0)
+    )
+    target_size: tuple[int, int] | None = field(
+        default=None, metadata=_parameter(Kind.PAIR, "SDXL size conditioning: height, width aimed at.", minimum=0)
+    )
+    denoising_end: float | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.NUMBER, "Fraction of the denoising after which to stop, more than 0.", minimum=0, maximum=1
+        ),
+    )
+    output_format: ImageFormat = field(
+        default=ImageFormat.PNG, metadata=_parameter(Kind.TEXT, "png, jpeg or webp.")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One field of `GenerateRequest` as every protocol describes it."""
+
+    name: str
+    kind: Kind
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+    required: bool = False
+
+
+PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
+    {f.name: Parameter(f.name, **f.metadata, required=f.name == "prompt") for f in fields(GenerateRequest)}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one request may ask for."""
+
+    max_steps: int
+    max_pixels: int
+    max_images_per_request: int
+    max_prompt_length: int
+
+
+def parse_parameter(name: str, value: object) -> object:
+    """Bring one value into the type of its parameter, exactly or not at all.
+
+    Args:
+        name: a key of `PARAMETERS`.
+        value: text, a number or a pair of numbers, as a protocol delivered it.
+
+    Raises:
+        InvalidRequest: the value has another type, is not exact, or lies outside the parameter's own bounds.
+    """
+    parameter = PARAMETERS[name]
+    if parameter.kind is Kind.TEXT:
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name} must be text, not {_describe(value)}.")
+        return _image_format(value) if name == "output_format" else value
+    if parameter.kind is Kind.PAIR:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise InvalidRequest(f"{name} must be two whole numbers, not {_describe(value)}.")
+        return _integer(parameter, value[0]), _integer(parameter, value[1])
+    return _integer(parameter, value) if parameter.kind is Kind.INTEGER else _number(parameter, value)
+
+
+def _integer(parameter: Parameter, value: object) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest(f"{parameter.name} must be a whole number, not {_describe(value)}.")
+    _check_bounds(parameter, value)
+    return value
+
+
+def _number(parameter: Parameter, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InvalidRequest(f"{parameter.name} must be a finite number, not {_describe(value)}.")
+    _check_bounds(parameter, value)
+    return float(value)
+
+
+def _check_bounds(parameter: Parameter, value: float) -> None:
+    if parameter.minimum is not None and value < parameter.minimum:
+        raise InvalidRequest(f"{parameter.name} must be at least {parameter.minimum}, not {_describe(value)}.")
+    if parameter.maximum is not None and value > parameter.maximum:
+        raise InvalidRequest(f"{parameter.name} must be at most {parameter.maximum}, not {_describe(value)}.")
+
+
+def _image_format(value: str) -> ImageFormat:
+    name = value.lower().removeprefix("image/")
+    try:
+        return ImageFormat("jpeg" if name == "jpg" else name)
+    except ValueError:
+        known = ", ".join(ImageFormat)
+        raise InvalidRequest(f"output_format must be one of {known}, not {_describe(value)}.") from None
+
+
+def _describe(value: object) -> str:
+    """`value` as it can stand in a sentence, however long it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        return "a number with more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
+    """Refuse what is larger than the server is willing to do.
+
+    Raises:
+        InvalidRequest: naming the limit and the setting behind it.
+    """
+    images = 0
+    for request in requests:
+        images += request.num_images_per_prompt
+        if images > limits.max_images_per_request:
+            raise InvalidRequest(
+                f"One request may ask for at most {limits.max_images_per_request} images, counting prompts times "
+                "num_images_per_prompt (the server's setting max_images_per_request)."
+            )
+        if request.num_inference_steps is not None and request.num_inference_steps > limits.max_steps:
+            raise InvalidRequest(
+                f"num_inference_steps must be at most {limits.max_steps}, not "
+                f"{_describe(request.num_inference_steps)} (the server's setting max_steps)."
+            )
+        if (request.height or 1) * (request.width or 1) > limits.max_pixels:
+            raise InvalidRequest(
+                f"height times width must be at most {limits.max_pixels} pixels (the server's setting max_pixels)."
+            )
+        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+            if len(getattr(request, name) or "") > limits.max_prompt_length:
+                raise InvalidRequest(
+                    f"{name} must have at most {limits.max_prompt_length} characters "
+                    "(the server's setting max_prompt_length)."
+                )
+        if request.seed is not None and request.seed + request.num_images_per_prompt - 1 > MAX_SEED:
+            raise InvalidRequest(f"seed + num_images_per_prompt - 1 must be at most {MAX_SEED}.")
+        if request.denoising_end == 0:
+            raise InvalidRequest("denoising_end must be more than 0; leave it out to denoise to the end.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` where something similar is known, else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+# --- What comes out --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds that a request spent in each stage."""
+
+    queue: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    encode: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """One picture before it is encoded: ``height * width * 3`` bytes, row-major RGB."""
+
+    data: bytes
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedImage:
+    """One finished picture and what is needed to paint it again."""
+
+    request: GenerateRequest
+    seed: int
+    pixels: Pixels
+    encoded: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All pictures of one accepted request, in the order of its prompts, and where the time went."""
+
+    images: tuple[GeneratedImage, ...]
+    timings: Timings
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request is: denoising steps taken, of all steps of all its images."""
+
+    steps_done: int
+    steps_total: int

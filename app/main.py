@@ -1,0 +1,185 @@
+"""Puts the parts together: settings, engine, transports, one HTTP server. The only place that knows all the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Response
+
+from app.api import documentation, edge, oip
+from app.engine.batcher import Batcher
+from app.engine.family import Family
+from app.engine.repository import Model, Repository
+from app.errors import InvalidSettings, StartupError
+from app.protocol.oip import MODEL_VERSION
+from app.settings import Settings, load_settings
+from app.telemetry import METRICS_CONTENT_TYPE, Telemetry, configure_logging
+
+logger = logging.getLogger(__name__)
+
+DISTRIBUTION = "sdxl-runtime"
+
+
+def create_app(
+    settings: Settings,
+    load: Callable[[], Family[Any]] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """The whole server as an ASGI application; loading starts with its lifespan.
+
+    Args:
+        settings: what to run with.
+        load: makes the model family on the device thread; by default what `settings` name.
+        on_failure: called from the device thread when the model cannot be loaded.
+    """
+    started = time.monotonic()
+    telemetry = Telemetry(settings.model_name)
+    batcher = Batcher(
+        load or (lambda: _load_family(settings)),
+        telemetry,
+        max_queue=settings.max_queue,
+        max_batch_size=settings.max_batch_size,
+        encode_threads=settings.encode_threads,
+        embed_metadata=settings.embed_metadata,
+        warm_up=settings.warm_up,
+    )
+    model = Model(
+        settings.model_name, MODEL_VERSION, batcher, settings.limits, settings.request_timeout
+    )
+    repository = Repository([model])
+
+    def loaded(future: Any) -> None:
+        error = future.exception()
+        if error is None:
+            telemetry.ready.set(1)
+            telemetry.load_seconds.set(time.monotonic() - started)
+            logger.info("model %s is ready after %.1f seconds", model.name, time.monotonic() - started)
+        elif on_failure is not None:
+            on_failure(error)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        batcher.ready.add_done_callback(loaded)
+        batcher.start()
+        yield
+        telemetry.ready.set(0)
+        await asyncio.to_thread(model.close, settings.grace_period)
+
+    version = _version()
+    app = FastAPI(
+        title="Stable Diffusion XL Runtime",
+        version=version,
+        description=documentation.DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if settings.enable_docs_url else None,
+    )
+    edge.install_error_handlers(app)
+    app.include_router(oip.router(repository, telemetry, settings, version))
+    if settings.enable_docs_url:
+        documentation.install(app)
+
+    @app.get("/metrics", tags=["Operations"], summary="Prometheus metrics", **documentation.METRICS_ANSWER)
+    async def metrics() -> Response:
+        return Response(telemetry.exposition(), headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    api_key = settings.api_key.get_secret_value() if settings.api_key else None
+    app.add_middleware(edge.Edge, api_key=api_key)
+    return app
+
+
+def _load_family(settings: Settings) -> Family[Any]:
+    from app.engine.weights import load_family
+
+    return load_family(settings)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "0+uninstalled"
+
+
+# --- The command line ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop.
+
+    Returns:
+        The exit code: 0 after a shutdown that was asked for, 1 when the model cannot be loaded, 2 for wrong settings.
+    """
+    try:
+        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
+        configure_logging(settings)
+        listener = _listen(settings)
+    except InvalidSettings as error:
+        print(f"sdxl-runtime: {error}", file=sys.stderr)
+        return 2
+    return _serve(settings, listener)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        return socket.create_server(
+            (settings.host, settings.http_port),
+            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+            backlog=2048,
+        )
+    except OSError as error:
+        raise InvalidSettings(
+            f"Cannot listen on {settings.host} port {settings.http_port} ({error.strerror}); choose another --http_port."
+        ) from None
+
+
+def _serve(settings: Settings, listener: socket.socket) -> int:
+    failures: list[BaseException] = []
+
+    def stop(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings, on_failure=stop),
+            log_config=None,
+            access_log=settings.access_log_format is not None,
+            loop=settings.event_loop,
+            server_header=False,
+            timeout_keep_alive=settings.timeout_keep_alive,
+            timeout_graceful_shutdown=max(1, round(settings.grace_period)),
+        )
+    )
+    for name in settings.ignored():
+        logger.info("the setting %s is accepted for KServe's sake and does nothing here", name)
+    host, port = listener.getsockname()[:2]
+    logger.info("listening on http://%s:%d, loading model %s", host, port, settings.model_name)
+    # uvicorn raises the signal again once it has shut down; a shutdown that was asked for is a success.
+    signal.signal(signal.SIGTERM, _ignore)
+    signal.signal(signal.SIGINT, _ignore)
+    server.run(sockets=[listener])
+    if failures:
+        error = failures[0]
+        if not isinstance(error, StartupError):
+            logger.critical("the model could not be loaded", exc_info=error)
+        print(f"sdxl-runtime: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _ignore(_signal: int, _frame: FrameType | None) -> None:
+    return None

@@ -1,0 +1,172 @@
+"""Tensor data of the Open Inference Protocol, as JSON lists and as raw bytes, to and from Python values.
+
+Pure functions; nothing here knows what a tensor means.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+from app.errors import InvalidRequest
+
+NUMPY_TYPES: dict[str, str] = {
+    "BOOL": "|b1",
+    "UINT8": "|u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "|i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+    "BF16": "<u2",  # the upper half of a float32; numpy has no name for it
+}
+"""Datatype to numpy's little-endian type; ``BYTES`` is the only other one."""
+
+Value = str | bytes | int | float | bool
+
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**31
+
+
+def check_datatype(datatype: str) -> None:
+    if datatype != "BYTES" and datatype not in NUMPY_TYPES:
+        known = ", ".join(["BYTES", *NUMPY_TYPES])
+        raise InvalidRequest(f"datatype {datatype[:40]!r} is not one of {known}.")
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """The number of elements of a tensor.
+
+    Raises:
+        InvalidRequest: a negative dimension, too many of them, or a product no request could carry.
+    """
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidRequest(f"a shape may have at most {MAX_DIMENSIONS} dimensions, not {len(shape)}.")
+    if any(dimension < 0 for dimension in shape):
+        raise InvalidRequest(f"shape {list(shape)} has a negative dimension.")
+    count = math.prod(shape)
+    if count > MAX_ELEMENTS:
+        raise InvalidRequest("the shape describes more elements than a request can carry.")
+    return count
+
+
+def read_json(data: object, datatype: str, shape: Sequence[int]) -> list[Value]:
+    """Read the ``data`` of a JSON tensor, flat or nested in row-major order.
+
+    Returns:
+        ``prod(shape)`` values: text for ``BYTES``, otherwise bool, int or float.
+
+    Raises:
+        InvalidRequest: elements of another type or outside the datatype's range, or data and shape disagree.
+    """
+    check_datatype(datatype)
+    count = element_count(shape)
+    if datatype in ("FP16", "BF16"):
+        raise InvalidRequest(f"{datatype} has no JSON form; send it as binary data, or as FP32.")
+    if not isinstance(data, list):
+        raise InvalidRequest("data must be a list.")
+    values = _flatten(data, shape) if data and isinstance(data[0], list) else data
+    if len(values) != count:
+        raise InvalidRequest(f"shape {list(shape)} needs {count} elements, but data has {len(values)}.")
+    check = _check_text if datatype == "BYTES" else _check_number
+    for value in values:
+        check(value, datatype)
+    return values
+
+
+def _flatten(data: list[object], shape: Sequence[int]) -> list[object]:
+    if not shape or len(data) != shape[0]:
+        raise InvalidRequest(f"the nesting of data does not follow shape {list(shape)}.")
+    if len(shape) == 1:
+        if any(isinstance(value, list) for value in data):
+            raise InvalidRequest(f"the nesting of data does not follow shape {list(shape)}.")
+        return data
+    flat: list[object] = []
+    for part in data:
+        if not isinstance(part, list):
+            raise InvalidRequest(f"the nesting of data does not follow shape {list(shape)}.")
+        flat += _flatten(part, shape[1:])
+    return flat
+
+
+def _check_text(value: object, datatype: str) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"elements of {datatype} data must be text, not {type(value).__name__}.")
+
+
+def _check_number(value: object, datatype: str) -> None:
+    kind = np.dtype(NUMPY_TYPES[datatype]).kind
+    if kind == "b":
+        if not isinstance(value, bool):
+            raise InvalidRequest("elements of BOOL data must be true or false.")
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRequest(f"elements of {datatype} data must be numbers, not {type(value).__name__}.")
+    if kind == "f":
+        limit = float(np.finfo(NUMPY_TYPES[datatype]).max)
+        if not -limit <= value <= limit:
+            raise InvalidRequest(f"an element of the data does not fit {datatype}.")
+        return
+    if isinstance(value, float):
+        raise InvalidRequest(f"elements of {datatype} data must be whole numbers, not {value!r}.")
+    bounds = np.iinfo(NUMPY_TYPES[datatype])
+    if not bounds.min <= value <= bounds.max:
+        raise InvalidRequest(f"an element of the data does not fit {datatype}.")
+
+
+def read_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> list[Value]:
+    """Read one tensor from exactly its own bytes, little-endian and row-major.
+
+    Returns:
+        ``prod(shape)`` values: bytes for ``BYTES``, otherwise bool, int or float.
+
+    Raises:
+        InvalidRequest: bytes and shape disagree, or an element is not finite.
+
+    Source: Triton ``extension_binary_data.md``.
+    """
+    check_datatype(datatype)
+    count = element_count(shape)
+    if datatype == "BYTES":
+        return list(_read_strings(raw, count))
+    dtype = np.dtype(NUMPY_TYPES[datatype])
+    if len(raw) != count * dtype.itemsize:
+        raise InvalidRequest(f"{datatype} data of shape {list(shape)} needs {count * dtype.itemsize} bytes, got {len(raw)}.")
+    array = np.frombuffer(raw, dtype)
+    if datatype == "BF16":
+        array = (array.astype("<u4") << 16).view("<f4")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidRequest(f"{datatype} data holds NaN or infinity.")
+    values: list[Value] = array.tolist()
+    return values
+
+
+def _read_strings(raw: memoryview, count: int) -> list[bytes]:
+    """Elements of a ``BYTES`` tensor: each a 4-byte length and that many bytes."""
+    strings = []
+    position = 0
+    for _ in range(count):
+        if position + 4 > len(raw):
+            raise InvalidRequest(f"BYTES data ends after {len(strings)} of {count} elements.")
+        (length,) = struct.unpack_from("<I", raw, position)
+        position += 4
+        if position + length > len(raw):
+            raise InvalidRequest(f"an element of BYTES data claims {length} bytes, but {len(raw) - position} are left.")
+        strings.append(bytes(raw[position : position + length]))
+        position += length
+    if position != len(raw):
+        raise InvalidRequest(f"{len(raw) - position} bytes follow the last of {count} elements of BYTES data.")
+    return strings
+
+
+def write_strings(values: Sequence[bytes]) -> bytes:
+    """A ``BYTES`` tensor in binary form."""
+    return b"".join(struct.pack("<I", len(value)) + value for value in values)

@@ -1,0 +1,240 @@
+"""Every knob of the server, as one frozen class.
+
+Each field is a flag (``--max_steps 40``, ``--max-steps=40``), an environment variable (``MAX_STEPS``) and a key of the
+``.env`` file in the working directory; the first of these that is given wins. Nothing here knows what a setting does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from app.errors import InvalidSettings
+from app.generation import Limits, nearest
+
+
+class Settings(BaseModel):
+    """What the server runs with; every field's description is its ``--help``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # The model
+    model_name: str = Field("model", min_length=1, description="Name under which the model is served.")
+    model_id: str = Field(
+        "/mnt/models",
+        min_length=1,
+        description="Folder of the model in diffusers' layout, or 'demo' for the small model that ships with the server.",
+    )
+    model_type: Literal["auto", "sdxl"] = Field(
+        "auto", description="Family of the model; 'auto' reads it from the folder's model_index.json."
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where the model runs: auto (a GPU if there is one), cpu, cuda or cuda:N.",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Number format of the weights; 'auto' is float32 on the CPU, bfloat16 or float16 on a GPU."
+    )
+
+    # What a request may ask for
+    max_steps: int = Field(150, ge=1, le=1000, description="Most denoising steps of one request.")
+    max_pixels: int = Field(4_194_304, ge=64, description="Most pixels (height times width) of one image.")
+    max_images_per_request: int = Field(
+        16, ge=1, description="Most images of one request, counting prompts times num_images_per_prompt."
+    )
+    max_prompt_length: int = Field(10_000, ge=1, description="Most characters of one prompt.")
+    max_body_size: int = Field(33_554_432, ge=1024, description="Most bytes of a request body, also once unpacked.")
+    body_timeout: float = Field(30.0, gt=0, description="Seconds within which a request body must have arrived.")
+    request_timeout: float = Field(
+        600.0, gt=0, description="Seconds from acceptance within which a request must be done, or it is given up."
+    )
+
+    # How work is grouped
+    max_queue: int = Field(128, ge=1, description="Images accepted at the same time, waiting or running.")
+    max_batch_size: int = Field(16, ge=1, description="Images denoised together in one forward pass.")
+    encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG, JPEG or WebP.")
+    warm_up: bool = Field(True, description="Run one short generation before the model counts as ready.")
+    embed_metadata: bool = Field(True, description="Write prompt, parameters and seed into each PNG as text chunks.")
+
+    # The server
+    host: str = Field("0.0.0.0", min_length=1, description="Address to listen on.")  # noqa: S104 (a container serves all)
+    http_port: int = Field(8080, ge=0, le=65535, description="Port for HTTP; 0 picks a free one.")
+    api_key: SecretStr | None = Field(
+        None, description="Key that callers send as 'Authorization: Bearer KEY'; health stays open. None: no key."
+    )
+    enable_docs_url: bool = Field(True, description="Serve Swagger UI at /docs and the document at /openapi.json.")
+    grace_period: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
+    timeout_keep_alive: int = Field(65, ge=1, description="Seconds that an idle connection stays open.")
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="One line of text or one JSON object per entry.")
+    enable_latency_logging: bool = Field(True, description="Log one line with the seconds per stage for each request.")
+    log_config_file: Path | None = Field(
+        None, description="Logging configuration (dictConfig as JSON or YAML) that replaces the two settings above."
+    )
+    configure_logging: bool = Field(True, description="Set up logging at all; false leaves it to the environment.")
+    access_log_format: str | None = Field(
+        None, description="Format of the access log, with asgi-logger's placeholders; no access log unless given."
+    )
+
+    # KServe's other model server flags, accepted so that existing manifests start; the log says that they do nothing.
+    grpc_port: int = Field(8081, ge=0, le=65535, description="Accepted for KServe; there is no gRPC port.")
+    enable_grpc: bool = Field(True, description="Accepted for KServe; there is no gRPC port.")
+    grpc_max_send_message_length: int = Field(8_388_608, description="Accepted for KServe; there is no gRPC port.")
+    grpc_max_receive_message_length: int = Field(8_388_608, description="Accepted for KServe; there is no gRPC port.")
+    workers: int = Field(1, ge=1, description="Accepted for KServe; one process owns the device.")
+    max_threads: int = Field(4, ge=1, description="Accepted for KServe; see encode_threads.")
+    max_asyncio_workers: int | None = Field(None, description="Accepted for KServe; see encode_threads.")
+    event_loop: Literal["auto", "asyncio", "uvloop"] = Field(
+        "auto", description="Event loop of the HTTP server; 'auto' is uvloop where it is installed."
+    )
+    protocol: str = Field("v2", description="Accepted for KServe; Open Inference Protocol v2 is always served.")
+    predictor_host: str | None = Field(None, description="Accepted for KServe; this is no transformer.")
+    predictor_protocol: str = Field("v1", description="Accepted for KServe; this is no transformer.")
+    predictor_use_ssl: bool = Field(False, description="Accepted for KServe; this is no transformer.")
+    predictor_request_timeout_seconds: int = Field(600, description="Accepted for KServe; this is no transformer.")
+    predictor_request_retries: int = Field(0, description="Accepted for KServe; this is no transformer.")
+    enable_predictor_health_check: bool = Field(False, description="Accepted for KServe; this is no transformer.")
+
+    @model_validator(mode="after")
+    def _queue_holds_one_request(self) -> Settings:
+        if self.max_images_per_request > self.max_queue:
+            raise ValueError(
+                f"max_images_per_request ({self.max_images_per_request}) must not be more than max_queue "
+                f"({self.max_queue}), or such a request could never be accepted"
+            )
+        return self
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_steps, self.max_pixels, self.max_images_per_request, self.max_prompt_length)
+
+    def ignored(self) -> list[str]:
+        """Names of the settings that were given but do nothing here."""
+        return sorted(
+            name
+            for name, field in type(self).model_fields.items()
+            if name in self.model_fields_set and (field.description or "").startswith("Accepted for KServe")
+        )
+
+
+# --- Where values come from ------------------------------------------------------------------------------------
+
+
+def load_settings(
+    arguments: Sequence[str], environment: Mapping[str, str] = os.environ, env_file: Path = Path(".env")
+) -> Settings:
+    """Read flags, environment and ``.env``, in that order of precedence.
+
+    Raises:
+        InvalidSettings: with one sentence that names the flag, variable or key and what it may be.
+        SystemExit: after ``--help``.
+    """
+    sources: dict[str, str] = {}
+    values: dict[str, Any] = {}
+
+    def take(name: str, value: Any, source: str) -> None:
+        values[name], sources[name] = value, source
+
+    for origin, pairs in ((f" in {env_file}", _read_env_file(env_file)), (" in the environment", environment)):
+        for name in Settings.model_fields:
+            value = pairs.get(name.upper())
+            # Kubernetes announces a Service called "http" as HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
+            if value is not None and not value.startswith("tcp://"):
+                take(name, value, f"{name.upper()}{origin}")
+    for name, value in vars(_parser().parse_args(arguments)).items():
+        take(name, value, f"--{name}")
+
+    for name, value in values.items():
+        values[name] = _from_text(value, Settings.model_fields[name])
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        name = str(detail["loc"][0]) if detail["loc"] else ""
+        message = detail["msg"].removeprefix("Value error, ")
+        if not name:
+            raise InvalidSettings(f"{message}.") from None
+        if typing.get_origin(Settings.model_fields[name].annotation) is Literal:
+            choices = ", ".join(typing.get_args(Settings.model_fields[name].annotation))
+            message = f"must be one of {choices}"
+        shown = "" if name == "api_key" else f" is {str(detail['input'])[:80]!r}, but"
+        raise InvalidSettings(
+            f"{sources.get(name, name)}{shown} {_sentence(message)} ({Settings.model_fields[name].description})"
+        ) from None
+
+
+def _sentence(message: str) -> str:
+    message = message.replace("Input should be a valid boolean", "must be true or false")
+    return message.replace("Input should", "it must").replace(", unable to parse string as a number", "")
+
+
+def _read_env_file(path: Path) -> Mapping[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        return {key: value for key, value in dotenv_values(path, interpolate=False).items() if value is not None}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettings(f"{path} cannot be read: {error}.") from None
+
+
+def _from_text(value: str, field: FieldInfo) -> object:
+    """An empty value or ``none`` means "unset" where a setting may be unset; pydantic reads everything else."""
+    optional = type(None) in typing.get_args(field.annotation)
+    if optional and value.strip().lower() in ("", "none"):
+        return None
+    return value.strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InvalidSettings(f"{message[:1].upper()}{message[1:]}.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            flags = [f"--{name}" for name in Settings.model_fields]
+            raise InvalidSettings(f"{flag!r} is not a flag{nearest(flag.replace('-', '_'), flags)} (see --help).")
+        return known
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="sdxl-runtime",
+        description="Serve Stable Diffusion XL over the Open Inference Protocol v2.",
+        epilog="Each flag is also an environment variable in capitals and a key of the .env file; hyphens may stand "
+        "for underscores.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, field in Settings.model_fields.items():
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        # A flag for a boolean may stand alone.
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        default = "unset" if field.default is None else field.default
+        text = f"{field.description} (default: {default})".replace("%", "%%")
+        parser.add_argument(*flags, dest=name, metavar=_metavar(field), help=text, **alone)
+    return parser
+
+
+def _metavar(field: FieldInfo) -> str:
+    annotation = field.annotation
+    if typing.get_origin(annotation) is Literal:
+        return "{" + ",".join(typing.get_args(annotation)) + "}"
+    if isinstance(annotation, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    names: dict[Any, str] = {bool: "true|false", int: "N", float: "SECONDS", Path: "FILE", SecretStr: "KEY"}
+    return names.get(annotation, "TEXT")

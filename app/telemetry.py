@@ -1,0 +1,160 @@
+"""Metrics and logs: what an operator sees. Knows no transport and no model; names nothing a caller wrote.
+
+Label values come from the server's own settings and code only, so that no request can make a new time series.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import logging
+import logging.config
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from app.settings import Settings
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 180, 300, 600)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+class Telemetry:
+    """All metrics of one server, in a registry of their own.
+
+    The three ``request_*_seconds`` carry KServe's names and label, so that its dashboards draw them.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._model = {"model_name": model_name}
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+            metric = Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
+            return metric.labels(**self._model)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            metric = Counter(name, text, ["model_name", *labels], registry=self.registry)
+            return metric if labels else metric.labels(**self._model)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["model_name"], registry=self.registry).labels(**self._model)
+
+        self.preprocess = histogram("request_preprocess_seconds", "Reading and checking a request.")
+        self.predict = histogram("request_predict_seconds", "From acceptance to the last finished image.")
+        self.postprocess = histogram("request_postprocess_seconds", "Writing the answer.")
+
+        self.queue_wait = histogram("sdxl_queue_wait_seconds", "From acceptance to the first denoising step.")
+        self._stage = Histogram(
+            "sdxl_stage_seconds", "Seconds per stage.", ["model_name", "stage"], buckets=SECONDS, registry=self.registry
+        )
+        self.rows = histogram("sdxl_rows_per_forward_pass", "Images that shared one forward pass.", ROWS)
+        self.steps = counter("sdxl_steps_total", "Denoising steps taken, counted once for each image.")
+        self.images = counter("sdxl_images_total", "Images finished.")
+        self._rejected = counter("sdxl_rejected_total", "Requests not accepted.", "reason")
+        self._failed = counter("sdxl_failed_total", "Accepted requests that failed.", "reason")
+        self.cancelled = counter("sdxl_cancelled_total", "Accepted requests whose caller left or said stop.")
+        self.pending = gauge("sdxl_pending_images", "Images accepted that no step was taken for yet.")
+        self.running = gauge("sdxl_running_images", "Images being denoised, decoded or encoded.")
+        self.ready = gauge("sdxl_model_ready", "1 when the model is ready, else 0.")
+        self.load_seconds = gauge("sdxl_model_load_seconds", "Seconds from process start to ready.")
+
+    def stage(self, name: str, seconds: float) -> None:
+        """Count `seconds` for one of the stages text_encode, denoise_step, decode, encode."""
+        self._stage.labels(**self._model, stage=name).observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(**self._model, reason=reason).inc()
+
+    def failed(self, reason: str) -> None:
+        self._failed.labels(**self._model, reason=reason).inc()
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+# --- Logs ------------------------------------------------------------------------------------------------------
+
+
+class _RequestIdFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not hasattr(record, "request_id"):
+            record.request_id = request_id.get()
+        return True
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": getattr(record, "request_id", "-"),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False, default=str)
+
+
+class _TextFormatter(logging.Formatter):
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s [%(request_id)s] %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        fields = getattr(record, "fields", {})
+        return text + "".join(f" {name}={value}" for name, value in fields.items())
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send everything to standard error in one shape, with the id of the request it belongs to."""
+    if not settings.configure_logging:
+        return
+    if settings.log_config_file is not None:
+        logging.config.dictConfig(_read_log_config(settings.log_config_file))
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_RequestIdFilter())
+    handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else _TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "transformers", "diffusers"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    # These tell of every request they make and every file they open.
+    for name in ("httpx", "httpcore", "PIL", "urllib3", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _read_log_config(path: Path) -> dict[str, Any]:
+    from app.errors import InvalidSettings
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            config = yaml.safe_load(text)
+        else:
+            config = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise InvalidSettings(f"log_config_file {path} cannot be read: {error}.") from None
+    if not isinstance(config, dict):
+        raise InvalidSettings(f"log_config_file {path} holds no logging configuration.")
+    return config
