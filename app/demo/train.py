@@ -204,6 +204,37 @@ def train_vae(steps: int, seed: int) -> AutoencoderKL:
     return average.module
 
 
+def sharpen(vae: AutoencoderKL, steps: int, seed: int) -> AutoencoderKL:
+    """Train the decoder alone, on latents as a UNet paints them: nearly right.
+
+    The encoder stays, so the latents mean what they meant and a base trained before still fits.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    vae.eval().requires_grad_(False)
+    vae.decoder.requires_grad_(True).train()
+    average = Average(vae, 0.995)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1.5e-3, weight_decay=0.0)
+    schedule = one_cycle(optimizer, 1.5e-3, steps)
+    for step in (bar := tqdm(range(steps), desc="decoder")):
+        height, width = (PICTURE_SIZE, PICTURE_SIZE) if rng.random() < 6 / 7 else rng.choice(OTHER_SIZES)
+        x = to_tensor([draw(random_drawing(rng), width, height, rng) for _ in range(8)])
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+        y = vae.decode(latents + 0.08 * torch.randn_like(latents)).sample
+        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + edges
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update(vae, step)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    return average.module
+
+
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, rng: random.Random) -> None:
     """Fold the latents' mean and deviation into the 1 x 1 convolutions on both sides of them.
@@ -381,23 +412,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the model folders")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("vae", "base", "sharpen"), help="one stage, on what the folder already holds")
     parser.add_argument("--vae_steps", type=int, default=2600)
+    parser.add_argument("--sharpen_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=9000)
     parser.add_argument("--pictures", type=int, default=24_000, help="pictures that the base learns from")
-    parser.add_argument("--vae", type=Path, help="an autoencoder trained before, to begin after it")
     arguments = parser.parse_args()
 
     folder = arguments.out / "sdxl"
     folder.mkdir(parents=True, exist_ok=True)
-    if arguments.vae:
-        vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.float32)
-    else:
-        vae = train_vae(arguments.vae_steps, arguments.seed)
-        vae.save_pretrained(folder / "vae")
-    vae.eval().requires_grad_(False)
-    pipeline = train_base(vae, folder, arguments.base_steps, arguments.seed, arguments.pictures)
-    save(pipeline, folder)
-    print(look(pipeline, arguments.out / "sdxl-grid.png", 96))
+    if arguments.only in (None, "vae"):
+        train_vae(arguments.vae_steps, arguments.seed).save_pretrained(folder / "vae")
+    if arguments.only in (None, "base"):
+        vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
+        save(train_base(vae, folder, arguments.base_steps, arguments.seed, arguments.pictures), folder)
+    if arguments.only in (None, "sharpen"):
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
+        pipeline.register_modules(vae=sharpen(pipeline.vae, arguments.sharpen_steps, arguments.seed))
+        save(pipeline, folder)
+        print(look(pipeline, arguments.out / "sdxl-grid.png", 96))
 
 
 if __name__ == "__main__":

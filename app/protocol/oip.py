@@ -65,6 +65,9 @@ class RequestOutput(_Message):
 
 
 class InferenceRequest(_Message):
+    """The body of an infer call. KServe's client repeats the URL's ``model_name`` in it; the URL decides."""
+
+    model_name: StrictStr | None = None
     id: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = None
     parameters: dict[str, Scalar] | None = None
     inputs: list[RequestInput]
@@ -150,13 +153,11 @@ def parse_infer(body: bytes, json_length: str | None) -> InferCall:
     message = _parse_message(body[:length])
     values = _read_inputs(message, memoryview(body)[length:])
     options = _take_parameters(message, values)
-    return InferCall(
-        id=message.id,
-        requests=_requests(values),
-        given=frozenset(values),
-        outputs=_requested_outputs(message, options),
-        timeout=_timeout(options),
-    )
+    outputs = _requested_outputs(message, options)
+    requests = _requests(values)
+    if any(output.name == "pixels" for output in outputs) and len({(r.height, r.width) for r in requests}) > 1:
+        raise InvalidRequest("The output pixels needs pictures of one size; leave it out or ask for one size.")
+    return InferCall(message.id, requests, frozenset(values), outputs, _timeout(options))
 
 
 def _json_length(header: str | None, total: int) -> int:
@@ -455,19 +456,6 @@ _OUTPUT_VALUES: dict[str, Callable[[Sequence[GeneratedImage]], tuple[list[int], 
     "seed": _seeds,
     "pixels": _pixels,
 }
-
-
-def check_outputs(call: InferCall, requests: Sequence[GenerateRequest]) -> None:
-    """``pixels`` is one tensor, so its pictures must have one size.
-
-    Args:
-        call: what was asked.
-        requests: with the model's defaults filled in.
-    """
-    if any(output.name == "pixels" for output in call.outputs):
-        sizes = {(request.height, request.width) for request in requests}
-        if len(sizes) > 1:
-            raise InvalidRequest("The output pixels needs pictures of one size; leave it out or ask for one size.")
 
 
 def _response_parameters(call: InferCall, generation: Generation) -> dict[str, Scalar]:

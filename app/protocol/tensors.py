@@ -115,7 +115,8 @@ def _check_number(value: object, datatype: str) -> None:
         if not -limit <= value <= limit:
             raise InvalidRequest(f"an element of the data does not fit {datatype}.")
         return
-    if isinstance(value, float):
+    # To JSON 7 and 7.0 are the same number, and some clients write every number with a decimal point.
+    if isinstance(value, float) and not value.is_integer():
         raise InvalidRequest(f"elements of {datatype} data must be whole numbers, not {value!r}.")
     bounds = np.iinfo(NUMPY_TYPES[datatype])
     if not bounds.min <= value <= bounds.max:

@@ -1,0 +1,133 @@
+"""Families without a model, each named after its one behaviour."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from app.engine.family import Family, Job
+from app.errors import InvalidRequest, OutOfMemory
+from app.generation import GenerateRequest
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeJob(Job):
+    value: int = 0
+
+
+class Instant(Family[FakeJob]):
+    """Paints a flat picture whose colour follows from prompt and seed, in no time."""
+
+    def __init__(self) -> None:
+        self.passes: list[list[int]] = []
+        """The seeds of every forward pass."""
+        self.began: list[int] = []
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        for name in ("height", "width"):
+            size = getattr(request, name)
+            if size is not None and size % 8:
+                raise InvalidRequest(f"{name} must be a multiple of 8, not {size}.")
+        return replace(
+            request,
+            height=request.height or 16,
+            width=request.width or 16,
+            num_inference_steps=request.num_inference_steps or 4,
+            guidance_scale=5.0 if request.guidance_scale is None else request.guidance_scale,
+            scheduler=request.scheduler or "Euler",
+        )
+
+    def encode(self, request: GenerateRequest) -> int:
+        return sum(request.prompt.encode())
+
+    def begin(self, request: GenerateRequest, conditioning: int) -> FakeJob:
+        assert request.num_inference_steps and request.seed is not None
+        self.began.append(request.seed)
+        return FakeJob(request=request, num_steps=request.num_inference_steps, value=conditioning + request.seed)
+
+    def signature(self, job: FakeJob) -> Hashable:
+        return (job.request.height, job.request.width)
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self.passes.append([job.request.seed or 0 for job in jobs])
+        for job in jobs:
+            job.step_index += 1
+
+    def decode(self, jobs: Sequence[FakeJob]) -> np.ndarray:
+        pictures = [np.full((job.request.height, job.request.width, 3), job.value % 256, np.uint8) for job in jobs]
+        return np.stack(pictures)
+
+
+class Slow(Instant):
+    """Takes a moment for every step."""
+
+    seconds = 0.02
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        time.sleep(self.seconds)
+        super().step(jobs)
+
+
+class Gated(Instant):
+    """Takes a step only when the test lets it: `permit` as often as there should be steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._permits = threading.Semaphore(0)
+        self.waiting = threading.Event()
+
+    def permit(self, steps: int = 1) -> None:
+        self._permits.release(steps)
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self.waiting.set()
+        assert self._permits.acquire(timeout=30)
+        super().step(jobs)
+
+
+class RunsOutOfMemory(Instant):
+    """Has no room for pictures wider than 64 pixels."""
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        if any((job.request.width or 0) > 64 for job in jobs):
+            raise OutOfMemory("The device has too little memory for this request.")
+        super().step(jobs)
+
+
+class FailsAt(Instant):
+    """Raises in one stage for every request whose prompt is "fail"."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self._stage = stage
+
+    def _fail(self, stage: str, jobs: Sequence[GenerateRequest]) -> None:
+        if stage == self._stage and any(request.prompt == "fail" for request in jobs):
+            raise RuntimeError(f"{stage} broke")
+
+    def encode(self, request: GenerateRequest) -> int:
+        self._fail("encode", [request])
+        return super().encode(request)
+
+    def begin(self, request: GenerateRequest, conditioning: int) -> FakeJob:
+        self._fail("begin", [request])
+        return super().begin(request, conditioning)
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self._fail("step", [job.request for job in jobs])
+        super().step(jobs)
+
+    def decode(self, jobs: Sequence[FakeJob]) -> np.ndarray:
+        self._fail("decode", [job.request for job in jobs])
+        return super().decode(jobs)
+
+
+class Dies(Instant):
+    """Takes its thread along: raises what no handler catches."""
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        raise SystemExit("the thread is told to end")

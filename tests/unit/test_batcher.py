@@ -1,0 +1,321 @@
+"""The step loop: who shares a forward pass, who gets a place, and that every accepted request ends exactly once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from app.engine.batcher import Batcher, Ticket
+from app.engine.family import Family
+from app.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GenerationFailed,
+    ModelLoadFailed,
+    OutOfMemory,
+    Overloaded,
+    ShuttingDown,
+)
+from app.generation import GenerateRequest, Progress
+from app.telemetry import Telemetry
+from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory, Slow
+
+WAIT = 30.0
+
+
+class Harness:
+    """A started batcher over one family."""
+
+    def __init__(self, family: Family[Any], **options: Any) -> None:
+        self.family = family
+        self.telemetry = Telemetry("fake")
+        settings: dict[str, Any] = {
+            "max_queue": 64,
+            "max_batch_size": 8,
+            "encode_threads": 2,
+            "embed_metadata": True,
+            "warm_up": False,
+        }
+        self.batcher = Batcher(lambda: family, self.telemetry, **(settings | options))
+        self.batcher.start()
+        self.batcher.ready.result(WAIT)
+
+    def submit(self, prompt: str = "p", timeout: float = WAIT, **parameters: Any) -> Ticket:
+        seed = parameters.pop("seed", 1)
+        request = self.family.resolve(GenerateRequest(prompt=prompt, seed=seed, **parameters))
+        return self.batcher.submit([request], timeout)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.telemetry.registry.get_sample_value(name, {"model_name": "fake", **labels}) or 0.0
+
+    def assert_empty(self) -> None:
+        """No place taken, nothing pending, nothing running."""
+        eventually(lambda: self.metric("sdxl_running_images") == 0)
+        assert self.metric("sdxl_pending_images") == 0
+        assert self.batcher._places_taken == 0
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not holds():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def harness() -> Iterator[Callable[..., Harness]]:
+    started: list[Harness] = []
+
+    def start(family: Family[Any], **options: Any) -> Harness:
+        started.append(Harness(family, **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if isinstance(each.family, Gated):
+            each.family.permit(10_000)
+        each.batcher.close(1.0)
+
+
+def test_a_request_gets_its_pictures_with_seeds_counted_up(harness: Callable[..., Harness]) -> None:
+    result = harness(Instant()).submit(seed=7, num_images_per_prompt=3).future.result(WAIT)
+    assert [image.seed for image in result.images] == [7, 8, 9]
+    assert all(image.encoded.startswith(b"\x89PNG") for image in result.images)
+    assert {image.pixels.data[0] for image in result.images} == {(ord("p") + seed) % 256 for seed in (7, 8, 9)}
+
+
+def test_pictures_of_several_prompts_come_in_the_order_of_the_prompts(harness: Callable[..., Harness]) -> None:
+    each = harness(Instant(), max_batch_size=2)
+    requests = [
+        each.family.resolve(GenerateRequest(prompt=prompt, seed=seed, num_images_per_prompt=2, num_inference_steps=steps))
+        for prompt, seed, steps in (("a", 10, 9), ("b", 20, 1), ("c", 30, 5))
+    ]
+    result = each.batcher.submit(requests, WAIT).future.result(WAIT)
+    assert [(image.request.prompt, image.seed) for image in result.images] == [
+        ("a", 10), ("a", 11), ("b", 20), ("b", 21), ("c", 30), ("c", 31)
+    ]  # fmt: skip
+
+
+def test_requests_of_one_signature_share_forward_passes_whatever_their_steps(harness: Callable[..., Harness]) -> None:
+    family = Gated()
+    each = harness(family)
+    first = each.submit(seed=1, num_inference_steps=5)
+    assert family.waiting.wait(WAIT)
+    others = [each.submit(seed=seed, num_inference_steps=seed) for seed in (2, 3)]
+    family.permit(100)
+    for ticket in (first, *others):
+        ticket.future.result(WAIT)
+    assert family.passes == [[1], [1, 2, 3], [1, 2, 3], [1, 3], [1]]
+    assert each.metric("sdxl_steps_total") == 10
+    assert each.metric("sdxl_rows_per_forward_pass_count") == 5
+
+
+def test_requests_of_different_signatures_never_share_a_forward_pass(harness: Callable[..., Harness]) -> None:
+    family = Gated()
+    each = harness(family)
+    tickets = [each.submit(seed=seed, width=size) for seed, size in ((1, 16), (2, 32), (3, 16), (4, 32))]
+    family.permit(100)
+    for ticket in tickets:
+        ticket.future.result(WAIT)
+    assert {frozenset(seeds) for seeds in family.passes} <= {frozenset(s) for s in ({1}, {1, 3}, {3}, {2, 4}, {2}, {4})}
+
+
+def test_a_forward_pass_never_has_more_images_than_allowed(harness: Callable[..., Harness]) -> None:
+    each = harness(Slow(), max_batch_size=3)
+    tickets = [each.submit(seed=seed, num_images_per_prompt=2) for seed in range(5)]
+    for ticket in tickets:
+        ticket.future.result(WAIT)
+    assert max(map(len, each.family.passes)) == 3
+
+
+def test_a_full_queue_says_so_at_once_and_takes_more_once_there_is_room(harness: Callable[..., Harness]) -> None:
+    family = Gated()
+    each = harness(family, max_queue=3)
+    tickets = [each.submit(seed=1), each.submit(seed=2, num_images_per_prompt=2)]
+    with pytest.raises(Overloaded) as refused:
+        each.submit(seed=3)
+    assert refused.value.retry_after >= 1
+    family.permit(100)
+    for ticket in tickets:
+        ticket.future.result(WAIT)
+    each.submit(seed=3).future.result(WAIT)
+    each.assert_empty()
+
+
+def test_a_cancelled_request_gets_no_further_step_and_its_neighbour_does_not_notice(
+    harness: Callable[..., Harness],
+) -> None:
+    family = Gated()
+    each = harness(family)
+    leaving, staying = each.submit(seed=1, num_inference_steps=50), each.submit(seed=2, num_inference_steps=3)
+    assert family.waiting.wait(WAIT)
+    leaving.cancel()
+    family.permit(100)
+    with pytest.raises(Cancelled):
+        leaving.future.result(WAIT)
+    assert staying.future.result(WAIT).images[0].seed == 2
+    # The pass that was under way when it was cancelled is the last one with it.
+    assert sum(1 in seeds for seeds in family.passes) <= 1
+    assert each.metric("sdxl_cancelled_total") == 1
+    each.assert_empty()
+
+
+def test_a_request_cancelled_in_the_queue_never_starts(harness: Callable[..., Harness]) -> None:
+    family = Gated()
+    each = harness(family, max_batch_size=1)
+    running = each.submit(seed=1, num_inference_steps=2)
+    assert family.waiting.wait(WAIT)
+    queued = each.submit(seed=2)
+    queued.cancel()
+    family.permit(100)
+    running.future.result(WAIT)
+    with pytest.raises(Cancelled):
+        queued.future.result(WAIT)
+    assert family.began == [1]
+    each.assert_empty()
+
+
+def test_cancelling_twice_or_after_the_end_changes_nothing(harness: Callable[..., Harness]) -> None:
+    each = harness(Instant())
+    ticket = each.submit()
+    result = ticket.future.result(WAIT)
+    ticket.cancel()
+    ticket.cancel()
+    assert ticket.future.result(WAIT) is result
+    assert each.metric("sdxl_cancelled_total") == 0
+    each.submit().future.result(WAIT)
+
+
+def test_a_deadline_ends_a_running_request(harness: Callable[..., Harness]) -> None:
+    each = harness(Slow())
+    ticket = each.submit(timeout=0.1, num_inference_steps=150)
+    with pytest.raises(DeadlineExceeded):
+        ticket.future.result(WAIT)
+    assert len(each.family.passes) < 100
+    assert each.metric("sdxl_failed_total", reason="deadline_exceeded") == 1
+    each.assert_empty()
+
+
+def test_a_deadline_that_passes_in_the_queue_costs_no_step(harness: Callable[..., Harness]) -> None:
+    family = Gated()
+    each = harness(family, max_batch_size=1)
+    running = each.submit(seed=1, num_inference_steps=2)
+    queued = each.submit(seed=2, timeout=0.01)
+    assert family.waiting.wait(WAIT)
+    time.sleep(0.05)
+    family.permit(100)
+    with pytest.raises(DeadlineExceeded):
+        queued.future.result(WAIT)
+    running.future.result(WAIT)
+    assert family.began == [1]
+
+
+@pytest.mark.parametrize("stage", ["encode", "begin", "step", "decode"])
+def test_a_failure_in_any_stage_ends_that_request_and_the_next_one_works(
+    harness: Callable[..., Harness], stage: str
+) -> None:
+    each = harness(FailsAt(stage))
+    with pytest.raises(GenerationFailed, match="RuntimeError"):
+        each.submit("fail", num_images_per_prompt=3).future.result(WAIT)
+    assert len(each.submit("good").future.result(WAIT).images) == 1
+    assert each.metric("sdxl_failed_total", reason="generation_failed") == 1
+    each.assert_empty()
+
+
+def test_out_of_memory_ends_the_request_that_is_too_large_and_the_next_one_works(
+    harness: Callable[..., Harness],
+) -> None:
+    each = harness(RunsOutOfMemory())
+    with pytest.raises(OutOfMemory):
+        each.submit(width=128).future.result(WAIT)
+    each.submit(width=16).future.result(WAIT)
+    each.assert_empty()
+
+
+def test_a_failure_to_encode_the_picture_ends_the_request(
+    harness: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> bytes:
+        raise OSError("No space left on device")
+
+    each = harness(Instant())
+    with monkeypatch.context() as patch:
+        patch.setattr("app.engine.batcher.encode_image", full_disk)
+        with pytest.raises(GenerationFailed, match="OSError"):
+            each.submit(num_images_per_prompt=2).future.result(WAIT)
+    each.submit().future.result(WAIT)
+    each.assert_empty()
+
+
+def test_a_dead_device_thread_fails_what_was_accepted_and_refuses_the_rest(harness: Callable[..., Harness]) -> None:
+    each = harness(Dies())
+    ticket = each.submit()
+    with pytest.raises(GenerationFailed, match="ended"):
+        ticket.future.result(WAIT)
+    eventually(lambda: not each.batcher.alive)
+    with pytest.raises(ShuttingDown):
+        each.submit()
+
+
+def test_every_step_is_reported_until_all_are_done(harness: Callable[..., Harness]) -> None:
+    each = harness(Instant())
+    heard: list[Progress] = []
+    request = each.family.resolve(GenerateRequest(prompt="p", seed=1, num_images_per_prompt=2, num_inference_steps=3))
+    each.batcher.submit([request], WAIT, heard.append).future.result(WAIT)
+    assert heard == [Progress(2, 6), Progress(4, 6), Progress(6, 6)]
+
+
+def test_closing_finishes_what_was_accepted_and_takes_no_more(harness: Callable[..., Harness]) -> None:
+    each = harness(Slow())
+    ticket = each.submit(num_inference_steps=20)
+    closer = threading.Thread(target=each.batcher.close, args=(WAIT,))
+    closer.start()
+    eventually(lambda: each.batcher._closing)
+    with pytest.raises(ShuttingDown):
+        each.submit()
+    assert len(ticket.future.result(WAIT).images) == 1
+    closer.join(WAIT)
+    assert not each.batcher.alive
+
+
+def test_closing_cancels_what_does_not_finish_in_time(harness: Callable[..., Harness]) -> None:
+    each = harness(Slow())
+    ticket = each.submit(num_inference_steps=100_000)
+    each.batcher.close(0.05)
+    with pytest.raises(Cancelled):
+        ticket.future.result(WAIT)
+    assert not each.batcher.alive
+
+
+def test_a_model_that_cannot_be_loaded_says_why() -> None:
+    def load() -> Family[Any]:
+        raise ModelLoadFailed("no such folder")
+
+    batcher = Batcher(
+        load, Telemetry("m"), max_queue=1, max_batch_size=1, encode_threads=1, embed_metadata=False, warm_up=True
+    )
+    batcher.start()
+    with pytest.raises(ModelLoadFailed, match="no such folder"):
+        batcher.ready.result(WAIT)
+
+
+def test_four_hundred_requests_with_cancels_all_end_exactly_once(harness: Callable[..., Harness]) -> None:
+    each = harness(Instant(), max_queue=1000, max_batch_size=5)
+    tickets = [each.submit(seed=seed, num_inference_steps=1 + seed % 7, width=(16, 32)[seed % 2]) for seed in range(400)]
+    for ticket in tickets[::3]:
+        ticket.cancel()
+    done, pending = concurrent.futures.wait([ticket.future for ticket in tickets], WAIT)
+    assert not pending
+    for seed, ticket in enumerate(tickets):
+        error = ticket.future.exception()
+        assert error is None or (isinstance(error, Cancelled) and seed % 3 == 0)
+        if error is None:
+            assert ticket.future.result().images[0].pixels.data[0] == (ord("p") + seed) % 256
+    finished = each.metric("sdxl_images_total")
+    assert finished + each.metric("sdxl_cancelled_total") == 400
+    each.assert_empty()

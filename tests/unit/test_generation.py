@@ -1,0 +1,120 @@
+"""The shared vocabulary: values are taken exactly or not at all, and limits are named."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.errors import InvalidRequest
+from app.generation import (
+    MAX_SEED,
+    PARAMETERS,
+    GenerateRequest,
+    ImageFormat,
+    Kind,
+    Limits,
+    check_limits,
+    nearest,
+    parse_parameter,
+)
+
+LIMITS = Limits(max_steps=50, max_pixels=1024 * 1024, max_images_per_request=4, max_prompt_length=100)
+
+
+def test_every_field_of_a_request_is_a_described_parameter() -> None:
+    assert list(PARAMETERS) == [field.name for field in fields(GenerateRequest)]
+    assert all(parameter.description.endswith(".") for parameter in PARAMETERS.values())
+    assert [parameter.name for parameter in PARAMETERS.values() if parameter.required] == ["prompt"]
+
+
+@given(st.integers(0, MAX_SEED))
+def test_a_seed_is_taken_exactly(seed: int) -> None:
+    assert parse_parameter("seed", seed) == seed
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_inference_steps", 20.0, 20),
+        ("guidance_scale", 7, 7.0),
+        ("output_format", "JPG", ImageFormat.JPEG),
+        ("output_format", "image/webp", ImageFormat.WEBP),
+        ("target_size", [512, 768.0], (512, 768)),
+        ("prompt", "", ""),
+    ],
+)
+def test_a_value_that_says_the_same_is_taken(name: str, value: Any, expected: Any) -> None:
+    parsed = parse_parameter(name, value)
+    assert parsed == expected and type(parsed) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", -1, "at least 0"),
+        ("seed", 2**63, "at most 9223372036854775807"),
+        ("seed", 10**4000, "more than 30 digits"),
+        ("num_inference_steps", 0, "at least 1"),
+        ("num_inference_steps", 2.5, "whole number, not 2.5"),
+        ("num_inference_steps", True, "whole number"),
+        ("num_inference_steps", "20", "whole number"),
+        ("num_inference_steps", float("inf"), "whole number"),
+        ("guidance_scale", float("nan"), "finite"),
+        ("guidance_scale", -0.1, "at least 0"),
+        ("guidance_rescale", 1.1, "at most 1"),
+        ("denoising_end", 1.5, "at most 1"),
+        ("target_size", [1, 2, 3], "two whole numbers"),
+        ("target_size", "1x2", "two whole numbers"),
+        ("output_format", "gif", "png, jpeg, webp"),
+        ("prompt", 5, "must be text"),
+        ("prompt", None, "must be text"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_with_a_sentence(name: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refused:
+        parse_parameter(name, value)
+    assert name in str(refused.value) and len(str(refused.value)) < 200
+
+
+@given(st.sampled_from(sorted(PARAMETERS)), st.none() | st.booleans() | st.floats() | st.integers() | st.text())
+def test_any_value_is_taken_or_refused_never_changed(name: str, value: Any) -> None:
+    try:
+        parsed = parse_parameter(name, value)
+    except InvalidRequest:
+        return
+    if PARAMETERS[name].kind is not Kind.TEXT:
+        assert parsed == value
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"num_inference_steps": 51}, "at most 50, not 51.*max_steps"),
+        ({"num_inference_steps": 10**40}, "max_steps"),
+        ({"height": 2048, "width": 1024}, "1048576 pixels.*max_pixels"),
+        ({"num_images_per_prompt": 5}, "at most 4 images.*max_images_per_request"),
+        ({"prompt": "x" * 101}, "prompt must have at most 100 characters"),
+        ({"negative_prompt_2": "x" * 101}, "negative_prompt_2 must have at most 100 characters"),
+        ({"seed": MAX_SEED, "num_images_per_prompt": 2}, "seed"),
+        ({"denoising_end": 0.0}, "denoising_end"),
+    ],
+)
+def test_what_is_too_much_is_refused_by_the_name_of_the_limit(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_limits([GenerateRequest(**{"prompt": "p", **parameters})], LIMITS)
+
+
+def test_images_of_all_prompts_count_together() -> None:
+    pair = GenerateRequest(prompt="p", num_images_per_prompt=2)
+    check_limits([pair, pair], LIMITS)
+    with pytest.raises(InvalidRequest, match="at most 4 images"):
+        check_limits([pair, pair, GenerateRequest(prompt="p")], LIMITS)
+
+
+def test_the_nearest_known_name_is_suggested_only_when_it_is_near() -> None:
+    assert nearest("promt", PARAMETERS) == "; did you mean 'prompt'?"
+    assert nearest("zzzz", PARAMETERS) == ""

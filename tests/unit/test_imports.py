@@ -1,0 +1,55 @@
+"""Who may import what: the walls of the house, read from the import statements."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parents[2] / "app"
+MODULES = sorted(APP.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def area(path: Path) -> str:
+    return path.relative_to(APP).parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(APP)))
+def test_every_module_stays_behind_its_wall(path: Path) -> None:
+    if area(path) not in ("engine", "demo"):
+        assert not roots(path) & {"torch", "diffusers", "transformers"}
+    if area(path) not in ("api", "main.py"):
+        assert not roots(path) & {"fastapi", "starlette", "uvicorn", "grpc"}
+    if area(path) == "protocol":
+        inside = {name for name in imports(path) if name.startswith("app.")}
+        assert all(name.startswith(("app.protocol", "app.generation", "app.errors")) for name in inside)
+        assert not roots(path) & {"os", "time", "asyncio", "threading", "random", "secrets"}
+    if path.name in ("errors.py", "generation.py") and path.parent == APP:
+        assert roots(path) <= {"__future__", "app", "collections", "dataclasses", "difflib", "enum", "math", "types", "typing"}
+    if area(path) == "engine":
+        assert not any(name.startswith(("app.api", "app.protocol", "app.main")) for name in imports(path))
+
+
+def test_the_server_starts_without_importing_torch(tmp_path: Path) -> None:
+    """HTTP answers before the seconds that torch takes."""
+    import subprocess
+    import sys
+
+    code = "import sys, app.main; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=APP.parent)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,364 @@
+"""Open Inference Protocol messages, bytes to requests and pictures to bytes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.errors import InvalidRequest
+from app.generation import (
+    PARAMETERS,
+    GeneratedImage,
+    GenerateRequest,
+    Generation,
+    ImageFormat,
+    Kind,
+    Pixels,
+    Timings,
+)
+from app.protocol.oip import InferCall, model_metadata, parse_infer, server_metadata, write_infer
+from app.protocol.tensors import write_strings
+
+PROMPT = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}
+
+
+def body(*inputs: dict[str, Any], **rest: Any) -> bytes:
+    return json.dumps({"inputs": list(inputs), **rest}).encode()
+
+
+def parse(*inputs: dict[str, Any], **rest: Any) -> InferCall:
+    return parse_infer(body(*inputs, **rest), None)
+
+
+def binary(head: dict[str, Any], tail: bytes) -> InferCall:
+    text = json.dumps(head).encode()
+    return parse_infer(text + tail, str(len(text)))
+
+
+def tensor(name: str, datatype: str, data: list[Any], shape: list[int] | None = None) -> dict[str, Any]:
+    return {"name": name, "shape": shape or [len(data)], "datatype": datatype, "data": data}
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_alone_is_a_request_with_every_default() -> None:
+    call = parse(PROMPT)
+    assert call.requests == (GenerateRequest(prompt="a cat"),)
+    assert call.id is None and call.timeout is None and call.given == {"prompt"}
+    assert [(output.name, output.binary) for output in call.outputs] == [("image", False), ("seed", False)]
+
+
+def test_every_parameter_can_come_as_an_input() -> None:
+    call = parse(
+        PROMPT,
+        tensor("prompt_2", "BYTES", ["b"]),
+        tensor("negative_prompt", "BYTES", ["c"]),
+        tensor("negative_prompt_2", "BYTES", ["d"]),
+        tensor("height", "INT32", [512]),
+        tensor("width", "UINT16", [768]),
+        tensor("num_inference_steps", "FP32", [20.0]),
+        tensor("guidance_scale", "INT8", [7]),
+        tensor("guidance_rescale", "FP64", [0.5]),
+        tensor("seed", "UINT64", [2**63 - 1]),
+        tensor("num_images_per_prompt", "INT64", [1]),
+        tensor("clip_skip", "UINT8", [1]),
+        tensor("scheduler", "BYTES", ["Euler a"]),
+        tensor("original_size", "INT64", [1024, 768]),
+        tensor("crops_coords_top_left", "INT64", [[0, 64]], [1, 2]),
+        tensor("target_size", "INT64", [512, 512]),
+        tensor("denoising_end", "FP32", [0.75]),
+        tensor("output_format", "BYTES", ["jpg"]),
+    )
+    assert call.given == set(PARAMETERS)
+    assert call.requests == (
+        GenerateRequest(
+            prompt="a cat",
+            prompt_2="b",
+            negative_prompt="c",
+            negative_prompt_2="d",
+            height=512,
+            width=768,
+            num_inference_steps=20,
+            guidance_scale=7.0,
+            guidance_rescale=0.5,
+            seed=2**63 - 1,
+            num_images_per_prompt=1,
+            clip_skip=1,
+            scheduler="Euler a",
+            original_size=(1024, 768),
+            crops_coords_top_left=(0, 64),
+            target_size=(512, 512),
+            denoising_end=0.75,
+            output_format=ImageFormat.JPEG,
+        ),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, p in PARAMETERS.items() if p.kind is not Kind.PAIR])
+def test_every_scalar_can_come_as_a_request_parameter(name: str) -> None:
+    value: Any = {Kind.TEXT: "png", Kind.INTEGER: 8, Kind.NUMBER: 0.5}[PARAMETERS[name].kind]
+    call = parse(*([] if name == "prompt" else [PROMPT]), parameters={name: value})
+    assert getattr(call.requests[0], name) == value
+
+
+def test_one_value_serves_all_prompts_and_several_go_one_to_each() -> None:
+    call = parse(
+        tensor("prompt", "BYTES", ["a", "b", "c"]),
+        tensor("seed", "INT64", [5]),
+        tensor("guidance_scale", "FP32", [1.0, 2.0, 3.0]),
+        tensor("target_size", "INT64", [8, 8, 16, 16, 24, 24], [3, 2]),
+    )
+    assert [(r.prompt, r.seed, r.guidance_scale, r.target_size) for r in call.requests] == [
+        ("a", 5, 1.0, (8, 8)),
+        ("b", 5, 2.0, (16, 16)),
+        ("c", 5, 3.0, (24, 24)),
+    ]
+
+
+def test_binary_inputs_are_read_in_the_order_of_the_tensors() -> None:
+    tail = write_strings(["ein Kätzchen".encode()]) + struct.pack("<q", 42)
+    call = binary(
+        {
+            "inputs": [
+                {"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(tail) - 8}},
+                tensor("width", "INT64", [64]),
+                {"name": "seed", "shape": [1], "datatype": "INT64", "parameters": {"binary_data_size": 8}},
+            ]
+        },
+        tail,
+    )
+    assert call.requests == (GenerateRequest(prompt="ein Kätzchen", width=64, seed=42),)
+
+
+def test_a_raw_body_is_one_prompt_and_answers_in_binary() -> None:
+    call = parse_infer("a café".encode(), "0")
+    assert call.requests == (GenerateRequest(prompt="a café"),)
+    assert all(output.binary for output in call.outputs)
+
+
+def test_an_output_decides_for_itself_before_the_request_does() -> None:
+    call = parse(
+        PROMPT,
+        parameters={"binary_data_output": True},
+        outputs=[{"name": "seed", "parameters": {"binary_data": False}}, {"name": "pixels"}],
+    )
+    assert [(output.name, output.binary) for output in call.outputs] == [("seed", False), ("pixels", True)]
+
+
+def test_a_timeout_is_given_in_microseconds_and_zero_means_none() -> None:
+    assert parse(PROMPT, parameters={"timeout": 1_500_000}).timeout == 1.5
+    assert parse(PROMPT, parameters={"timeout": 0}).timeout is None
+
+
+def test_nulls_count_as_absent() -> None:
+    call = parse({**PROMPT, "parameters": None}, id=None, parameters=None, outputs=None)
+    assert call.id is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        pytest.param(b"", "not JSON", id="empty"),
+        pytest.param(b"{", "not JSON", id="cut-off"),
+        pytest.param(b"[]", "must be a JSON object", id="list"),
+        pytest.param(b"{}", "inputs is missing", id="no-inputs"),
+        pytest.param(b'{"inputs": {}}', "inputs must be a valid list", id="inputs-object"),
+        pytest.param(b'{"inputs": []}', "prompt is missing", id="no-prompt"),
+        pytest.param(b'{"inputs": [], "inptus": []}', "did you mean 'inputs'", id="misspelt-field"),
+        pytest.param(b'{"inputs": [], "id": 5}', "id must be a valid string", id="integer-id"),
+        pytest.param(b'{"inputs": [], "inputs": []}', "stands twice", id="field-twice"),
+        pytest.param(b'{"inputs": [], "parameters": {"seed": NaN}}', "NaN is not JSON", id="nan"),
+        pytest.param(b'{"inputs": [], "parameters": {"seed": -Infinity}}', "Infinity", id="infinity"),
+        pytest.param(b'{"inputs": [], "parameters": {"guidance_scale": 1e999}}', "finite", id="infinite-literal"),
+        pytest.param(b'{"inputs": [], "parameters": {"seed": ' + b"9" * 5000 + b"}}", "too many digits", id="digits"),
+        pytest.param(b'{"inputs": ' + b"[" * 100_000, "nested too deeply", id="deep"),
+        pytest.param(b'{"inputs": [], "id": "\\ud800"}', "surrogate", id="surrogate"),
+        pytest.param(b'{"inputs": [], "id": "\xff"}', "not UTF-8", id="not-utf-8"),
+        pytest.param(b'{"inputs": [{"name": "prompt"}]}', r"inputs\[0\]\.shape is missing", id="no-shape"),
+        pytest.param(b'{"inputs": [], "parameters": {"seed": null}}', r"parameters\.seed must be", id="null-parameter"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused_with_a_sentence(raw: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        parse_infer(raw, None)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rest", "message"),
+    [
+        pytest.param([PROMPT, PROMPT], {}, "prompt is given twice", id="input-twice"),
+        pytest.param([PROMPT], {"parameters": {"prompt": "x"}}, "as an input and as a parameter", id="both-ways"),
+        pytest.param([{**PROMPT, "name": "promt"}], {}, "did you mean 'prompt'", id="unknown-input"),
+        pytest.param([PROMPT], {"parameters": {"steps": 3}}, "no parameter 'steps'", id="unknown-parameter"),
+        pytest.param([{**PROMPT, "parameters": {"x": 1}}], {}, "not a parameter of an input", id="input-parameter"),
+        pytest.param([{**PROMPT, "shape": [1, 1]}], {}, r"shape must be \[1\] or \[n\]", id="two-dimensions"),
+        pytest.param([{**PROMPT, "shape": [0], "data": []}], {}, "no element", id="empty"),
+        pytest.param([{**PROMPT, "datatype": "INT64", "data": [1]}], {}, "must be BYTES", id="prompt-as-number"),
+        pytest.param([PROMPT, tensor("seed", "BYTES", ["1"])], {}, "number type", id="seed-as-text"),
+        pytest.param([PROMPT, tensor("seed", "BOOL", [True])], {}, "number type", id="seed-as-bool"),
+        pytest.param([PROMPT, tensor("seed", "INT64", [1, 2])], {}, "it needs 1", id="two-seeds-one-prompt"),
+        pytest.param([PROMPT, tensor("seed", "FP32", [1.5])], {}, "whole number", id="half-seed"),
+        pytest.param([PROMPT, tensor("seed", "INT64", [-1])], {}, "at least 0", id="negative-seed"),
+        pytest.param([PROMPT, tensor("target_size", "INT64", [1])], {}, r"\[2\] or \[n, 2\]", id="half-pair"),
+        pytest.param([PROMPT], {"parameters": {"target_size": "8,8"}}, "is a pair", id="pair-as-parameter"),
+        pytest.param([PROMPT], {"parameters": {"prompt_2": "a\0b"}}, "NUL", id="nul"),
+        pytest.param([PROMPT], {"parameters": {"seed": True}}, "whole number", id="bool-parameter"),
+        pytest.param([PROMPT], {"parameters": {"timeout": -1}}, "microseconds", id="negative-timeout"),
+        pytest.param([PROMPT], {"parameters": {"binary_data_output": 1}}, "true or false", id="output-flag"),
+        pytest.param([PROMPT], {"parameters": {"output_format": "gif"}}, "png, jpeg, webp", id="format"),
+        pytest.param([PROMPT], {"outputs": [{"name": "picture"}]}, "no output 'picture'", id="unknown-output"),
+        pytest.param([PROMPT], {"outputs": [{"name": "seed"}] * 2}, "asked for twice", id="output-twice"),
+        pytest.param(
+            [PROMPT], {"outputs": [{"name": "seed", "parameters": {"classification": 1}}]}, "classification", id="class"
+        ),
+        pytest.param([{**PROMPT, "parameters": {"binary_data_size": 4}}], {}, "exactly one", id="data-and-binary"),
+        pytest.param([{k: v for k, v in PROMPT.items() if k != "data"}], {}, "exactly one", id="no-data"),
+        pytest.param(
+            [tensor("prompt", "BYTES", ["a", "b"]), tensor("width", "INT64", [64, 128])],
+            {"outputs": [{"name": "pixels"}]},
+            "one size",
+            id="pixels-of-two-sizes",
+        ),
+        pytest.param(
+            [tensor("prompt", "BYTES", ["a", "b"]), tensor("output_format", "BYTES", ["png", "webp"])],
+            {},
+            "the same for all",
+            id="two-formats",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_a_sentence(
+    inputs: list[dict[str, Any]], rest: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        parse(*inputs, **rest)
+
+
+@pytest.mark.parametrize("header", ["abc", "-1", "+5", " 5", "5.0", "1_0", "", "٣", "99999", "9" * 5000])
+def test_a_wrong_json_length_is_refused(header: str) -> None:
+    with pytest.raises(InvalidRequest, match="Inference-Header-Content-Length"):
+        parse_infer(body(PROMPT), header)
+
+
+@pytest.mark.parametrize(
+    ("size", "tail", "message"),
+    [
+        pytest.param(9, b"\5\0\0\0hello!", "1 bytes follow the data of the last input", id="bytes-left-over"),
+        pytest.param(10, b"\5\0\0\0hello", "9 bytes are left", id="bytes-missing"),
+        pytest.param(-1, b"", "number of bytes", id="negative"),
+        pytest.param("9", b"\5\0\0\0hello", "number of bytes", id="text"),
+    ],
+)
+def test_binary_data_that_contradicts_its_size_is_refused(size: object, tail: bytes, message: str) -> None:
+    head = {"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": size}}
+    with pytest.raises(InvalidRequest, match=message):
+        binary({"inputs": [head]}, tail)
+
+
+@given(st.binary(max_size=300), st.one_of(st.none(), st.integers(0, 300).map(str), st.text(max_size=5)))
+def test_any_body_becomes_a_call_or_a_sentence(raw: bytes, header: str | None) -> None:
+    try:
+        parse_infer(raw, header)
+    except InvalidRequest as error:
+        assert str(error)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"inputs": st.lists(st.fixed_dictionaries({"name": st.sampled_from(sorted(PARAMETERS)), "shape": JSON,
+                                                   "datatype": st.sampled_from(["BYTES", "INT64", "FP32", "x"]),
+                                                   "data": JSON}), max_size=3)},
+        optional={"parameters": st.dictionaries(st.sampled_from(sorted(PARAMETERS)), JSON, max_size=3), "id": JSON,
+                  "outputs": JSON},
+    )
+)  # fmt: skip
+def test_any_json_becomes_a_call_or_a_sentence(document: dict[str, Any]) -> None:
+    try:
+        parse_infer(json.dumps(document).encode(), None)
+    except InvalidRequest as error:
+        assert str(error).encode()
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------
+
+
+def generation(*seeds: int) -> Generation:
+    request = GenerateRequest(
+        prompt="a cat", height=2, width=3, num_inference_steps=4, guidance_scale=5.0, target_size=(2, 3), seed=seeds[0]
+    )
+    images = tuple(
+        GeneratedImage(request, seed, Pixels(bytes(range(18)), 2, 3), f"png of {seed}".encode()) for seed in seeds
+    )
+    return Generation(images, Timings(0.1, 0.2, 0.3, 0.4), ("Mind the gap.",))
+
+
+def test_json_answers_hold_base64_pictures_and_say_what_was_defaulted() -> None:
+    raw, length = write_infer(parse(PROMPT, id="x", parameters={"guidance_scale": 5}), generation(3, 4), "sdxl", None)
+    assert length is None
+    answer = json.loads(raw)
+    assert answer["model_name"] == "sdxl" and answer["id"] == "x" and "model_version" not in answer
+    image, seed = answer["outputs"]
+    assert (image["name"], image["shape"], image["datatype"]) == ("image", [2], "BYTES")
+    assert [base64.b64decode(text) for text in image["data"]] == [b"png of 3", b"png of 4"]
+    assert seed == {"name": "seed", "shape": [2], "datatype": "INT64", "data": [3, 4]}
+    parameters = answer["parameters"]
+    assert parameters["num_inference_steps"] == 4 and parameters["target_size"] == "[2, 3]"
+    assert not {"prompt", "guidance_scale", "seed"} & set(parameters)
+    assert [parameters[f"{stage}_seconds"] for stage in ("queue", "denoise", "decode", "encode")] == [0.1, 0.2, 0.3, 0.4]
+    assert parameters["content_type"] == "image/png" and parameters["warnings"] == "Mind the gap."
+    assert b"null" not in raw
+
+
+def test_binary_answers_follow_their_json_in_the_order_of_the_outputs() -> None:
+    call = parse(
+        PROMPT,
+        outputs=[
+            {"name": "pixels", "parameters": {"binary_data": True}},
+            {"name": "seed"},
+            {"name": "image", "parameters": {"binary_data": True}},
+        ],
+    )
+    raw, length = write_infer(call, generation(3), "sdxl", "1")
+    assert length is not None
+    answer = json.loads(raw[:length])
+    assert answer["model_version"] == "1" and "id" not in answer
+    pixels, seed, image = answer["outputs"]
+    assert pixels["shape"] == [1, 2, 3, 3] and "data" not in pixels
+    size = pixels["parameters"]["binary_data_size"]
+    assert raw[length : length + size] == bytes(range(18))
+    assert seed["data"] == [3]
+    assert raw[length + size :] == write_strings([b"png of 3"])
+    assert image["parameters"]["binary_data_size"] == len(raw) - length - size
+
+
+def test_pixels_in_json_are_flat_numbers() -> None:
+    raw, _ = write_infer(parse(PROMPT, outputs=[{"name": "pixels"}]), generation(1, 2), "sdxl", None)
+    (pixels,) = json.loads(raw)["outputs"]
+    assert pixels["shape"] == [2, 2, 3, 3]
+    assert np.array(pixels["data"], np.uint8).tobytes() == bytes(range(18)) * 2
+
+
+# --- Metadata --------------------------------------------------------------------------------------------------
+
+
+def test_metadata_lists_every_input_and_output_and_no_null() -> None:
+    metadata = model_metadata("sdxl")
+    assert [tensor.name for tensor in metadata.inputs] == list(PARAMETERS)
+    assert [tensor.name for tensor in metadata.outputs] == ["image", "seed", "pixels"]
+    assert "null" not in metadata.model_dump_json()
+    assert server_metadata("1.0").extensions[0] == "binary_tensor_data"
