@@ -42,6 +42,11 @@ def _parameter(kind: Kind, description: str, **bounds: float) -> dict[str, Any]:
     return {"kind": kind, "description": description, **bounds}
 
 
+def _size(description: str) -> dict[str, Any]:
+    # More than 65,504 is infinity to a model in float16.
+    return _parameter(Kind.PAIR, description, minimum=0, maximum=65_504)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One prompt and everything that shapes its pictures; ``None`` means the model's own default."""
@@ -68,7 +73,9 @@ class GenerateRequest:
     )
     guidance_scale: float | None = field(
         default=None,
-        metadata=_parameter(Kind.NUMBER, "How strongly the prompt steers; 1 or less means no guidance.", minimum=0),
+        metadata=_parameter(
+            Kind.NUMBER, "How strongly the prompt steers; 1 or less means no guidance.", minimum=0, maximum=100
+        ),
     )
     guidance_rescale: float | None = field(
         default=None,
@@ -78,7 +85,7 @@ class GenerateRequest:
         default=None,
         metadata=_parameter(
             Kind.INTEGER,
-            "Seed of the first picture, the next has seed + 1; drawn at random unless given.",
+            "Seed of the first picture, the next has seed + 1 (0 after the largest); drawn at random unless given.",
             minimum=0,
             maximum=MAX_SEED,
         ),
@@ -93,13 +100,13 @@ class GenerateRequest:
     )
     original_size: tuple[int, int] | None = field(
         default=None,
-        metadata=_parameter(Kind.PAIR, "SDXL size conditioning: height, width of the imagined original.", minimum=0),
+        metadata=_size("SDXL size conditioning: height, width of the imagined original."),
     )
     crops_coords_top_left: tuple[int, int] | None = field(
-        default=None, metadata=_parameter(Kind.PAIR, "SDXL crop conditioning: top, left.", minimum=0)
+        default=None, metadata=_size("SDXL crop conditioning: top, left.")
     )
     target_size: tuple[int, int] | None = field(
-        default=None, metadata=_parameter(Kind.PAIR, "SDXL size conditioning: height, width aimed at.", minimum=0)
+        default=None, metadata=_size("SDXL size conditioning: height, width aimed at.")
     )
     denoising_end: float | None = field(
         default=None,
@@ -137,6 +144,7 @@ class Limits:
     max_pixels: int
     max_images_per_request: int
     max_prompt_length: int
+    max_side: int = 2048
 
 
 def parse_parameter(name: str, value: object) -> object:
@@ -171,7 +179,8 @@ def _integer(parameter: Parameter, value: object) -> int:
 
 
 def _number(parameter: Parameter, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    # An integer can be too large for isfinite().
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -math.inf < value < math.inf:
         raise InvalidRequest(f"{parameter.name} must be a finite number, not {_describe(value)}.")
     _check_bounds(parameter, value)
     return float(value)
@@ -220,6 +229,12 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
                 f"num_inference_steps must be at most {limits.max_steps}, not "
                 f"{_describe(request.num_inference_steps)} (the server's setting max_steps)."
             )
+        for name in ("height", "width"):
+            if (getattr(request, name) or 1) > limits.max_side:
+                raise InvalidRequest(
+                    f"{name} must be at most {limits.max_side}, not {_describe(getattr(request, name))} "
+                    "(the server's setting max_side)."
+                )
         if (request.height or 1) * (request.width or 1) > limits.max_pixels:
             raise InvalidRequest(
                 f"height times width must be at most {limits.max_pixels} pixels (the server's setting max_pixels)."
@@ -230,8 +245,6 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
                     f"{name} must have at most {limits.max_prompt_length} characters "
                     "(the server's setting max_prompt_length)."
                 )
-        if request.seed is not None and request.seed + request.num_images_per_prompt - 1 > MAX_SEED:
-            raise InvalidRequest(f"seed + num_images_per_prompt - 1 must be at most {MAX_SEED}.")
         if request.denoising_end == 0:
             raise InvalidRequest("denoising_end must be more than 0; leave it out to denoise to the end.")
 

@@ -85,12 +85,12 @@ def create_app(
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        openapi_url="/openapi.json" if settings.enable_docs_url else None,
+        openapi_url=None,
     )
     edge.install_error_handlers(app)
     app.include_router(oip.router(repository, telemetry, settings, version))
     if settings.enable_docs_url:
-        documentation.install(app)
+        documentation.install(app, settings, model)
 
     @app.get("/metrics", tags=["Operations"], summary="Prometheus metrics", **documentation.METRICS_ANSWER)
     async def metrics() -> Response:

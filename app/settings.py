@@ -25,7 +25,7 @@ from app.generation import Limits, nearest
 class Settings(BaseModel):
     """What the server runs with; every field's description is its ``--help``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     # The model
     model_name: str = Field("model", min_length=1, description="Name under which the model is served.")
@@ -49,6 +49,7 @@ class Settings(BaseModel):
     # What a request may ask for
     max_steps: int = Field(150, ge=1, le=1000, description="Most denoising steps of one request.")
     max_pixels: int = Field(4_194_304, ge=64, description="Most pixels (height times width) of one image.")
+    max_side: int = Field(2048, ge=8, description="Most pixels of one side of an image.")
     max_images_per_request: int = Field(
         16, ge=1, description="Most images of one request, counting prompts times num_images_per_prompt."
     )
@@ -118,7 +119,9 @@ class Settings(BaseModel):
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.max_steps, self.max_pixels, self.max_images_per_request, self.max_prompt_length)
+        return Limits(
+            self.max_steps, self.max_pixels, self.max_images_per_request, self.max_prompt_length, self.max_side
+        )
 
     def ignored(self) -> list[str]:
         """Names of the settings that were given but do nothing here."""
@@ -177,7 +180,7 @@ def load_settings(
 
 def _sentence(message: str) -> str:
     message = message.replace("Input should be a valid boolean", "must be true or false")
-    return message.replace("Input should", "it must").replace(", unable to parse string as a number", "")
+    return message.replace("Input should", "it must").split(", unable to parse")[0]
 
 
 def _read_env_file(path: Path) -> Mapping[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
 from app.engine.family import Family, Job
+from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest
 
@@ -131,3 +133,16 @@ class Dies(Instant):
 
     def step(self, jobs: Sequence[FakeJob]) -> None:
         raise SystemExit("the thread is told to end")
+
+
+class Strict(Instant):
+    """Refuses what a real model refuses, whatever the server's limits allow."""
+
+    maxima: Mapping[str, int] = MappingProxyType({"clip_skip": 2})
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        if request.scheduler is not None and request.scheduler not in NAMES:
+            raise InvalidRequest(f"There is no scheduler {request.scheduler[:40]!r}.")
+        if request.clip_skip is not None and request.clip_skip > self.maxima["clip_skip"]:
+            raise InvalidRequest(f"clip_skip must be at most {self.maxima['clip_skip']} for this model.")
+        return super().resolve(request)

@@ -1,25 +1,99 @@
-"""The OpenAPI document and Swagger UI at /docs, whose files come with the server and need no internet."""
+"""The OpenAPI document at /openapi.json and Swagger UI at /docs, whose files come with the server: no internet needed.
+
+What routes answer is told here, as arguments for their decorators; what they take is told in `infer_schema.py`.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import fastapi_offline
 from fastapi import FastAPI, Response
-from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
-from app.generation import PARAMETERS, ImageFormat, Kind
+from app.api import edge, infer_schema
+from app.engine.family import Family
+from app.engine.repository import Model
+from app.generation import GenerateRequest
 from app.protocol import oip
 from app.settings import Settings
 
-DESCRIPTION = (
-    "Text to image with Stable Diffusion XL over the Open Inference Protocol v2. Send a prompt to `infer`, get PNG "
-    "pictures, their seeds and where the time went."
-)
-EXAMPLE_PROMPT = "a red circle on a white background"
+DESCRIPTION = """\
+Text to image with Stable Diffusion XL over the [Open Inference Protocol v2](https://github.com/kserve/open-inference-protocol).
+
+Send a prompt to [`infer`](#/Pictures/infer) and get pictures, their seeds and where the time went. Every error is
+`{"error": "…"}` with one sentence that says what to change. A method that a path does not have answers 405 with
+`Allow`. A request may bring its own `X-Request-Id`; every answer carries one, and so do the server's log lines.
+"""
+
+TAGS = [
+    {"name": "Pictures", "description": "From prompt to picture."},
+    {"name": "Model", "description": "What the model takes and gives, and whether it is ready."},
+    {"name": "Server", "description": "Who is answering, and how it is."},
+    {"name": "Operations", "description": "For those who run it."},
+]
+
+_ERRORS = {
+    400: (
+        "The request cannot be served as it is.",
+        "There is no parameter 'num_steps'; did you mean 'num_inference_steps'?",
+    ),
+    401: ("The key is missing or wrong.", "Send the server's key as 'Authorization: Bearer KEY'."),
+    404: ("No such model, or not in that version.", "The model sdxl has no version '2'; it has 1."),
+    408: ("The body did not arrive in time.", "The body did not arrive within 30 seconds."),
+    413: ("The body is too large.", "The body has more than 33554432 bytes (the server's setting max_body_size)."),
+    415: (
+        "The body is packed in an unknown way.",
+        "The content encoding 'br' is not spoken here; use gzip or deflate.",
+    ),
+    429: ("The queue is full.", "The queue is full (128 of 128 images); try again in 12 seconds."),
+    499: ("The caller left; only the log shows this.", "The client closed the connection."),
+    500: ("The server failed.", "The generation failed inside the model (RuntimeError); the server's log says more."),
+    503: (
+        "The model is not ready, or the server is shutting down.",
+        "The model sdxl is loading; try again when it is ready.",
+    ),
+    504: (
+        "The deadline passed before the pictures were done.",
+        "The request was not done after 600.0 seconds and was given up.",
+    ),
+    507: ("The device has too little memory.", "The device has too little memory for this request."),
+}
+"""Status to what it means and a sentence that comes with it."""
+
+_INFER_SCHEMA = "#/components/schemas/InferenceRequest"
+
+_HEADERS: dict[str, dict[str, Any]] = {
+    "X-Request-Id": {
+        "description": "The request's own X-Request-Id, or a new one.",
+        "required": True,
+        "schema": {"type": "string", "pattern": f"^{edge.REQUEST_ID.pattern}$"},
+    },
+    "Retry-After": {
+        "description": "Seconds after which a place is likely to be free.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {
+        "description": "What to send.",
+        "required": True,
+        "schema": {"type": "string", "const": "Bearer"},
+    },
+    "Inference-Header-Content-Length": {
+        "description": "In a binary answer: the number of bytes of JSON before the tensors' bytes.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+}
+
+_HEADERS_OF = {"401": ("WWW-Authenticate",), "429": ("Retry-After",)}
+
+
+# --- What routes answer ----------------------------------------------------------------------------------------
 
 
 class Live(BaseModel):
@@ -38,84 +112,180 @@ class ModelReady(BaseModel):
     error: str | None = None
 
 
-METRICS_ANSWER: dict[str, Any] = {
-    "response_class": Response,
-    "responses": {200: {"description": "Prometheus text format", "content": {"text/plain": {}}}},
-}
-
-
 def answers(model: type[BaseModel], not_found: bool = False) -> dict[str, Any]:
     """What a route answers, as keyword arguments for its decorator."""
-    responses: dict[int | str, dict[str, Any]] = {200: {"model": model}, **_errors(401)}
+    responses: dict[int | str, dict[str, Any]] = {200: {"model": model, "description": "As asked."}}
+    if not_found:
+        responses |= _errors(404)
+    responses |= _errors(500)
     if issubclass(model, Live | Ready | ModelReady):
         responses[503] = {"model": model, "description": "Not so, and why."}
-    if not_found:
-        responses.update(_errors(404))
     return {"responses": responses, "response_class": Response}
 
 
 def infer(settings: Settings) -> dict[str, Any]:
-    """The infer route: its body, example and answers."""
+    """What the infer route takes and answers, as keyword arguments for its decorator."""
+    media_types = {
+        "application/json": {"example": infer_schema.answer(settings.model_name)},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    }
+    description = "The pictures. In a binary answer the tensors' bytes follow the JSON, in the order of the outputs."
     responses: dict[int | str, dict[str, Any]] = {
-        200: {
-            "model": oip.InferenceResponse,
-            "description": "The pictures. With binary outputs, JSON of Inference-Header-Content-Length bytes and then "
-            "the tensors' bytes.",
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-        },
-        **_errors(400, 401, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507),
+        200: {"model": oip.InferenceResponse, "description": description, "content": media_types},
+        **_errors(400, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507),
     }
-    body = {
-        "required": True,
-        "content": {
-            "application/json": {"schema": _infer_schema(settings), "example": _EXAMPLE},
-        },
+    # What the schema says depends on the model, which is not there yet; `_document` brings it.
+    content = {"schema": {"$ref": _INFER_SCHEMA}, "examples": infer_schema.examples(settings.limits)}
+    body = {"required": True, "content": {"application/json": content}}
+    return {
+        "description": infer_schema.DESCRIPTION,
+        "responses": responses,
+        "response_class": Response,
+        "openapi_extra": {"requestBody": body},
     }
-    return {"responses": responses, "response_class": Response, "openapi_extra": {"requestBody": body}}
-
-
-_ERRORS = {
-    400: "The request cannot be served as it is; the sentence says what to change.",
-    401: "The key is missing or wrong.",
-    404: "No such model or version.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    415: "The content encoding is neither gzip nor deflate.",
-    429: "The queue is full; Retry-After says for how many seconds.",
-    499: "The caller left.",
-    500: "The generation failed.",
-    503: "The model is not ready, or the server is shutting down.",
-    504: "The deadline passed before the pictures were done.",
-    507: "The device has too little memory for this request.",
-}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": oip.ErrorMessage, "description": _ERRORS[status]} for status in statuses}
+    responses: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        description, sentence = _ERRORS[status]
+        content = {"application/json": {"example": {"error": sentence}}}
+        responses[status] = {"model": oip.ErrorMessage, "description": description, "content": content}
+    return responses
 
 
-_EXAMPLE: dict[str, Any] = {
-    "inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": [EXAMPLE_PROMPT]}],
-    "parameters": {"num_inference_steps": 20, "seed": 7},
+METRICS_ANSWER: dict[str, Any] = {
+    "operation_id": "metrics",
+    "response_class": Response,
+    "responses": {
+        200: {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **_errors(500),
+    },
 }
 
 
-def _infer_schema(settings: Settings) -> dict[str, Any]:
-    """The JSON form of an infer request with one prompt, typed parameter by parameter."""
-    return {}
+# --- The document and the page ---------------------------------------------------------------------------------
 
 
-def install(app: FastAPI) -> None:
-    """Serve Swagger UI and its files below /docs."""
+def install(app: FastAPI, settings: Settings, model: Model) -> None:
+    """Serve the OpenAPI document, Swagger UI and its files.
+
+    Args:
+        app: with all its other routes.
+        settings: for the limits and whether there is a key.
+        model: its defaults are documented once it is loaded.
+    """
+    page = (Path(__file__).parent / "static" / "docs.html").read_bytes()
     files = Path(fastapi_offline.__file__).parent / "static"
     app.mount("/docs/files", StaticFiles(directory=files), name="docs")
 
+    @functools.cache
+    def document(family: Family[Any] | None) -> bytes:
+        return json.dumps(_document(app, settings, family)).encode()
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(document(model.family), media_type="application/json")
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title=app.title,
-            swagger_js_url="/docs/files/swagger-ui-bundle.js",
-            swagger_css_url="/docs/files/swagger-ui.css",
-            swagger_favicon_url="/docs/files/favicon.png",
-        )
+        return Response(page, media_type="text/html; charset=utf-8")
+
+
+def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> dict[str, Any]:
+    """FastAPI's document, completed.
+
+    Args:
+        app: with all its routes.
+        settings: for the limits and whether there is a key.
+        family: the loaded model, if it is.
+    """
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=TAGS
+    )
+    request = GenerateRequest(prompt="")
+    defaults, maxima = (family.resolve(request), family.maxima) if family else (request, {})
+    components = _without_null(document["components"])
+    components["schemas"]["InferenceRequest"] = infer_schema.schema(settings.limits, defaults, maxima)
+    # FastAPI's own validation never speaks: what a path holds is text, and bodies are read by hand.
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    components["headers"] = _HEADERS
+    if settings.api_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    document["components"] = components
+
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _complete(operation, path, settings)
+    document["paths"] = dict(sorted(document["paths"].items(), key=_reading_order))
+    return document
+
+
+def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:
+    """Add to one operation what FastAPI cannot know, and drop what it gets wrong."""
+    names = {"model_name": settings.model_name, "model_version": oip.MODEL_VERSION}
+    # A handler that serves two paths has a parameter that one of them lacks.
+    parameters = [parameter for parameter in operation.pop("parameters", ()) if parameter["in"] == "path"]
+    for parameter in parameters:
+        name = names[parameter["name"]]
+        parameter["schema"] = {"type": "string", "enum": [name], "default": name}
+    if parameters:
+        operation["parameters"] = parameters
+
+    responses = operation["responses"]
+    responses.pop("422", None)
+    if settings.api_key and path in edge.OPEN_PATHS:
+        operation["security"] = []
+    elif settings.api_key:
+        description, sentence = _ERRORS[401]
+        content = {"schema": {"$ref": "#/components/schemas/ErrorMessage"}, "example": {"error": sentence}}
+        responses["401"] = {"description": description, "content": {"application/json": content}}
+    for status, response in responses.items():
+        headers = ["X-Request-Id", *_HEADERS_OF.get(status, ())]
+        if "application/octet-stream" in response["content"]:
+            headers.append("Inference-Header-Content-Length")
+        response["headers"] = {header: {"$ref": f"#/components/headers/{header}"} for header in headers}
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _reading_order(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
+    path, operations = item
+    tags = [tag["name"] for tag in TAGS]
+    return min(tags.index(operation["tags"][0]) for operation in operations.values()), len(path)
+
+
+def _describe(operation: dict[str, Any], path: str, settings: Settings) -> None:
+    """Say of one operation what FastAPI cannot know."""
+    # A handler that serves two paths has parameters of which one path knows nothing.
+    parameters = [parameter for parameter in operation.pop("parameters", ()) if parameter["in"] == "path"]
+    for parameter in parameters:
+        only = settings.model_name if parameter["name"] == "model_name" else oip.MODEL_VERSION
+        parameter["schema"] = {"type": "string", "enum": [only], "default": only}
+    if parameters:
+        operation["parameters"] = parameters
+    responses = operation["responses"]
+    # FastAPI's own validation never speaks: paths are text, and bodies are read by hand.
+    responses.pop("422", None)
+    if settings.api_key and path in edge.OPEN_PATHS:
+        operation["security"] = []
+    elif settings.api_key:
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorMessage"}}}
+        responses["401"] = {"description": _ERRORS[401], "content": content}
+    for status, response in responses.items():
+        names = ["X-Request-Id", *_HEADERS_OF.get(status, ())]
+        if "application/octet-stream" in response["content"]:
+            names.append("Inference-Header-Content-Length")
+        response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _without_null(node: Any) -> Any:
+    """A schema in which what may be absent is never null: the server leaves such fields out."""
+    if isinstance(node, list):
+        return [_without_null(part) for part in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _without_null(value) for key, value in node.items()}
+    options = [option for option in node.pop("anyOf", ()) if option != {"type": "null"}]
+    return node | options[0] if len(options) == 1 else node | ({"anyOf": options} if options else {})

@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
@@ -164,6 +165,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     Raises:
         BodyTooLarge: declared or sent, packed or unpacked, more than ``max_body_size``.
         BodyTooSlow: not whole after ``body_timeout`` seconds.
+        Cancelled: the client closed the connection first.
         UnsupportedEncoding: neither gzip nor deflate.
         InvalidRequest: the packed data is damaged.
     """
@@ -185,6 +187,8 @@ async def read_body(request: Request, settings: Settings) -> bytes:
                     raise too_large
     except TimeoutError:
         raise BodyTooSlow(f"The body did not arrive within {settings.body_timeout:g} seconds.") from None
+    except ClientDisconnect:
+        raise Cancelled("The client closed the connection before its body was whole.") from None
     if encoding in ("identity", ""):
         return bytes(body)
     unpacked = await asyncio.to_thread(_unpack, bytes(body), encoding, limit)

@@ -32,20 +32,38 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         settings: body limits and whether to log latencies.
         version: of this server, as its metadata tells.
     """
-    routes = APIRouter(tags=["Open Inference Protocol v2"])
+    routes = APIRouter()
 
-    @routes.get("/v2", summary="Server metadata", **documentation.answers(oip.ServerMetadata))
+    @routes.get(
+        "/v2",
+        operation_id="server_metadata",
+        summary="Server metadata",
+        tags=["Server"],
+        **documentation.answers(oip.ServerMetadata),
+    )
     async def server_metadata() -> Response:
         return edge.json_response(oip.server_metadata(version).model_dump())
 
-    @routes.get("/v2/health/live", summary="Is the server alive?", **documentation.answers(documentation.Live))
+    @routes.get(
+        "/v2/health/live",
+        operation_id="server_live",
+        summary="Is the server alive?",
+        tags=["Server"],
+        **documentation.answers(documentation.Live),
+    )
     async def server_live() -> Response:
         live = repository.live
         if live:
             return edge.json_response({"live": True})
         return edge.json_response({"live": False, "error": "The device thread is gone; restart the server."}, 503)
 
-    @routes.get("/v2/health/ready", summary="Is every model ready?", **documentation.answers(documentation.Ready))
+    @routes.get(
+        "/v2/health/ready",
+        operation_id="server_ready",
+        summary="Is every model ready?",
+        tags=["Server"],
+        **documentation.answers(documentation.Ready),
+    )
     async def server_ready() -> Response:
         if repository.ready:
             return edge.json_response({"ready": True})
@@ -53,11 +71,17 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         return edge.json_response({"ready": False, "error": f"Not every model is ready: {states}."}, 503)
 
     @routes.get(
-        "/v2/models/{model_name}", summary="Model metadata", **documentation.answers(oip.ModelMetadata, not_found=True)
+        "/v2/models/{model_name}",
+        operation_id="model_metadata",
+        summary="Model metadata",
+        tags=["Model"],
+        **documentation.answers(oip.ModelMetadata, not_found=True),
     )
     @routes.get(
         "/v2/models/{model_name}/versions/{model_version}",
+        operation_id="model_version_metadata",
         summary="Model metadata of one version",
+        tags=["Model"],
         **documentation.answers(oip.ModelMetadata, not_found=True),
     )
     async def model_metadata(model_name: str, model_version: str | None = None) -> Response:
@@ -66,12 +90,16 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
 
     @routes.get(
         "/v2/models/{model_name}/ready",
+        operation_id="model_ready",
         summary="Is the model ready?",
+        tags=["Model"],
         **documentation.answers(documentation.ModelReady, not_found=True),
     )
     @routes.get(
         "/v2/models/{model_name}/versions/{model_version}/ready",
+        operation_id="model_version_ready",
         summary="Is this version of the model ready?",
+        tags=["Model"],
         **documentation.answers(documentation.ModelReady, not_found=True),
     )
     async def model_ready(model_name: str, model_version: str | None = None) -> Response:
@@ -82,11 +110,17 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         return edge.json_response({"name": model.name, "ready": False, "error": sentence}, 503)
 
     @routes.post(
-        "/v2/models/{model_name}/infer", summary="Paint pictures", **documentation.infer(settings)
+        "/v2/models/{model_name}/infer",
+        operation_id="infer",
+        summary="Paint pictures",
+        tags=["Pictures"],
+        **documentation.infer(settings),
     )
     @routes.post(
         "/v2/models/{model_name}/versions/{model_version}/infer",
+        operation_id="infer_version",
         summary="Paint pictures with one version of the model",
+        tags=["Pictures"],
         **documentation.infer(settings),
     )
     async def infer(request: Request, model_name: str, model_version: str | None = None) -> Response:

@@ -36,6 +36,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 OTHER_SIZES = ((96, 96), (96, 160), (160, 96), (192, 192))
 """Heights and widths that one batch in seven has, so that the models also know other sizes than their own."""
 LATENT_FACTOR = 8
+LATENT_SCALE = 0.35
+"""Deviation of the latents that the UNet sees.
+
+Flat pictures are mostly mean colour, and a mean over all latents outshines noise that hides every detail. At deviation
+1 the UNet would read colours off the noisiest latents and not from the caption, and at the start of a generation, where
+there is nothing but noise, it would find grey.
+"""
 LOOSE_WORDS = "photo picture drawing image of the with in front and big tiny shape colour plain".split()
 
 # --- Vocabulary ------------------------------------------------------------------------------------------------
@@ -78,7 +85,7 @@ def make_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=PICTURE_SIZE,
-        scaling_factor=1.0,
+        scaling_factor=LATENT_SCALE,
         force_upcast=False,
     )
 
@@ -239,7 +246,7 @@ def sharpen(vae: AutoencoderKL, steps: int, seed: int) -> AutoencoderKL:
 def normalise_latents(vae: AutoencoderKL, rng: random.Random) -> None:
     """Fold the latents' mean and deviation into the 1 x 1 convolutions on both sides of them.
 
-    Afterwards each latent channel has mean 0 and deviation 1, so that `scaling_factor` is 1.
+    Afterwards each latent channel has mean 0 and deviation 1, before `LATENT_SCALE`.
     """
     x = to_tensor([draw(random_drawing(rng), PICTURE_SIZE, PICTURE_SIZE, rng) for _ in range(256)])
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
@@ -415,7 +422,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("vae", "base", "sharpen"), help="one stage, on what the folder already holds")
     parser.add_argument("--vae_steps", type=int, default=2600)
     parser.add_argument("--sharpen_steps", type=int, default=2500)
-    parser.add_argument("--base_steps", type=int, default=9000)
+    parser.add_argument("--base_steps", type=int, default=7000)
     parser.add_argument("--pictures", type=int, default=24_000, help="pictures that the base learns from")
     arguments = parser.parse_args()
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from app.engine.family import Family, Job
 from app.errors import Cancelled, DeadlineExceeded, GenerationFailed, Overloaded, RuntimeFault, ShuttingDown
-from app.generation import GeneratedImage, GenerateRequest, Generation, Pixels, Progress, Timings
+from app.generation import MAX_SEED, GeneratedImage, GenerateRequest, Generation, Pixels, Progress, Timings
 from app.images import encode_image
 from app.telemetry import Telemetry
 
@@ -41,7 +41,7 @@ class Ticket:
         self.accepted = time.monotonic()
         self.deadline = deadline
         self.images = [
-            Image(self, replace(request, seed=(request.seed or 0) + i, num_images_per_prompt=1))
+            Image(self, replace(request, seed=((request.seed or 0) + i) % (MAX_SEED + 1), num_images_per_prompt=1))
             for request in requests
             for i in range(request.num_images_per_prompt)
         ]

@@ -8,8 +8,9 @@ knows queues, tickets or HTTP, and importing it does not import torch.
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -41,6 +42,9 @@ J = TypeVar("J", bound=Job)
 
 class Family(abc.ABC, Generic[J]):
     """One loaded model. Only the thread that loaded it calls it, except `resolve`, which any thread may call."""
+
+    maxima: Mapping[str, int] = MappingProxyType({})
+    """Largest values of parameters that the model itself bounds."""
 
     @abc.abstractmethod
     def resolve(self, request: GenerateRequest) -> GenerateRequest:

@@ -6,8 +6,10 @@ import enum
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from app.engine.batcher import Batcher, Listener, Ticket
+from app.engine.family import Family
 from app.errors import ModelNotFound, ModelNotReady
 from app.generation import GenerateRequest, Limits, check_limits
 
@@ -56,6 +58,11 @@ class Model:
         if self._batcher.ready.exception() is not None or not self._batcher.alive or self._closing:
             return State.FAILED
         return State.READY
+
+    @property
+    def family(self) -> Family[Any] | None:
+        """The loaded model, which knows its own defaults; ``None`` until it is ready."""
+        return self._batcher.ready.result() if self.state is State.READY else None
 
     @property
     def live(self) -> bool:

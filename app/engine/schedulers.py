@@ -13,34 +13,9 @@ from typing import Any
 import diffusers
 import torch
 
+from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, nearest
-
-KARRAS = {"use_karras_sigmas": True}
-SDE = {"algorithm_type": "sde-dpmsolver++"}
-
-NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "Euler": ("EulerDiscreteScheduler", {}),
-    "Euler Karras": ("EulerDiscreteScheduler", KARRAS),
-    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "Heun": ("HeunDiscreteScheduler", {}),
-    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
-    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", KARRAS),
-    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", SDE),
-    "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", {**SDE, **KARRAS}),
-    "DPM++ 2S": ("DPMSolverSinglestepScheduler", {}),
-    "DPM2": ("KDPM2DiscreteScheduler", {}),
-    "DPM2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "DDIM": ("DDIMScheduler", {}),
-    "DDPM": ("DDPMScheduler", {}),
-    "DEIS": ("DEISMultistepScheduler", {}),
-    "LCM": ("LCMScheduler", {}),
-    "LMS": ("LMSDiscreteScheduler", {}),
-    "PNDM": ("PNDMScheduler", {}),
-    "TCD": ("TCDScheduler", {}),
-    "UniPC": ("UniPCMultistepScheduler", {}),
-}
-"""Common name to diffusers class and what differs from the model's own scheduler configuration."""
 
 
 def _key(name: str) -> str:

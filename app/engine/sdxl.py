@@ -110,6 +110,8 @@ class SdxlFamily(Family[SdxlJob]):
         self._device = pipeline.unet.device
         self._schedulers = schedulers.Schedulers(pipeline.scheduler)
         self._embeddings: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
+        encoders = filter(None, (pipeline.text_encoder, pipeline.text_encoder_2))
+        self.maxima = {"clip_skip": min(encoder.config.num_hidden_layers for encoder in encoders) - 1}
         self._default_size = pipeline.default_sample_size * pipeline.vae_scale_factor
         self._call_defaults = {
             name: parameter.default for name, parameter in inspect.signature(pipeline.__call__).parameters.items()
@@ -146,8 +148,7 @@ class SdxlFamily(Family[SdxlJob]):
         return size
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
-        encoders = filter(None, (self._pipeline.text_encoder, self._pipeline.text_encoder_2))
-        most = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+        most = self.maxima["clip_skip"]
         if clip_skip is not None and clip_skip > most:
             raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {clip_skip}.")
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
@@ -38,8 +38,15 @@ MODEL_VERSION = "1"
 OUTPUTS = {"image": "BYTES", "seed": "INT64", "pixels": "UINT8"}
 DEFAULT_OUTPUTS = ("image", "seed")
 MAX_ID_LENGTH = 1024
+MAX_NAMES = 256
+"""Names in one JSON object; no message needs as many."""
+MAX_ELEMENTS = 8192
+"""Elements of one input; refused before work is done for each of them."""
 
+T = TypeVar("T")
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
+Items = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is read up to its first mistake: a million complaints would cost a gigabyte."""
 
 
 # --- Messages --------------------------------------------------------------------------------------------------
@@ -53,7 +60,7 @@ class RequestInput(_Message):
     """One input tensor; exactly one of ``data`` and the parameter ``binary_data_size`` says where its elements are."""
 
     name: StrictStr
-    shape: list[StrictInt]
+    shape: Items[StrictInt]
     datatype: StrictStr
     parameters: dict[str, Scalar] | None = None
     data: list[Any] | None = None
@@ -70,8 +77,8 @@ class InferenceRequest(_Message):
     model_name: StrictStr | None = None
     id: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = None
     parameters: dict[str, Scalar] | None = None
-    inputs: list[RequestInput]
-    outputs: list[RequestOutput] | None = None
+    inputs: Items[RequestInput]
+    outputs: Items[RequestOutput] | None = None
 
 
 class ResponseOutput(_Message):
@@ -189,7 +196,7 @@ def _parse_message(raw: bytes) -> InferenceRequest:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Strict JSON: UTF-8, no NaN or infinity, no name twice in one object, no lone surrogate.
+    """Strict JSON: UTF-8, no NaN or infinity, no name twice in one object, no lone surrogate, no endless object.
 
     Raises:
         InvalidRequest: what is wrong and where.
@@ -220,6 +227,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_NAMES:
+        raise InvalidRequest(f"One JSON object has more than {MAX_NAMES} names.")
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
@@ -244,6 +253,8 @@ def describe_validation(error: ValidationError, model: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"{place} is missing."
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if detail["type"] == "model_type":
+        expected = "an object"
     return f"{place} must be {expected}, not {_quote(detail['input'])}."
 
 
@@ -258,12 +269,15 @@ def _read_inputs(message: InferenceRequest, tail: memoryview) -> dict[str, list[
     for tensor in message.inputs:
         parameter = _known_input(tensor.name, values)
         try:
+            count = tensors.element_count(tensor.shape)
+            if count > MAX_ELEMENTS:
+                raise InvalidRequest(f"it may have at most {MAX_ELEMENTS} elements, not {count}.")
             size = _binary_size(tensor)
             if size is None:
                 flat: Sequence[tensors.Value] = tensors.read_json(tensor.data, tensor.datatype, tensor.shape)
             else:
                 if position + size > len(tail):
-                    raise InvalidRequest(f"binary_data_size is {size}, but {len(tail) - position} bytes are left.")
+                    raise InvalidRequest(f"binary_data_size is {_quote(size)}, but {len(tail) - position} bytes are left.")
                 raw = tail[position : position + size]
                 flat = tensors.read_binary(raw, tensor.datatype, tensor.shape)
                 position += size
@@ -302,10 +316,10 @@ def _input_values(parameter: Parameter, tensor: RequestInput, flat: Sequence[ten
     raw: Sequence[object] = flat
     if parameter.kind is Kind.PAIR:
         if tensor.shape[-1:] != [2] or len(tensor.shape) > 2:
-            raise InvalidRequest(f"shape must be [2] or [n, 2], not {tensor.shape}.")
+            raise InvalidRequest(f"shape must be [2] or [n, 2], not {_quote(tensor.shape)}.")
         raw = list(zip(flat[::2], flat[1::2], strict=True))
     elif len(tensor.shape) != 1:
-        raise InvalidRequest(f"shape must be [1] or [n], not {tensor.shape}.")
+        raise InvalidRequest(f"shape must be [1] or [n], not {_quote(tensor.shape)}.")
     if not raw:
         raise InvalidRequest("it has no element.")
     if parameter.kind is Kind.TEXT:

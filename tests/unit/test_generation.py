@@ -65,6 +65,8 @@ def test_a_value_that_says_the_same_is_taken(name: str, value: Any, expected: An
         ("num_inference_steps", float("inf"), "whole number"),
         ("guidance_scale", float("nan"), "finite"),
         ("guidance_scale", -0.1, "at least 0"),
+        ("guidance_scale", 10**400, "at most 100"),
+        ("target_size", [8, 2**40], "at most 65504"),
         ("guidance_rescale", 1.1, "at most 1"),
         ("denoising_end", 1.5, "at most 1"),
         ("target_size", [1, 2, 3], "two whole numbers"),
@@ -99,7 +101,7 @@ def test_any_value_is_taken_or_refused_never_changed(name: str, value: Any) -> N
         ({"num_images_per_prompt": 5}, "at most 4 images.*max_images_per_request"),
         ({"prompt": "x" * 101}, "prompt must have at most 100 characters"),
         ({"negative_prompt_2": "x" * 101}, "negative_prompt_2 must have at most 100 characters"),
-        ({"seed": MAX_SEED, "num_images_per_prompt": 2}, "seed"),
+        ({"height": 4096, "width": 8}, "height must be at most 2048, not 4096.*max_side"),
         ({"denoising_end": 0.0}, "denoising_end"),
     ],
 )

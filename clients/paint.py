@@ -1,0 +1,189 @@
+"""The command line: ``sdxl-paint "a red circle on a white background"`` paints pictures and saves them.
+
+Knows `client` and the file system, nothing of the protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clients.client import AsyncClient, ClientError, Parameters, Picture
+
+PROGRAM = "sdxl-paint"
+KEY_VARIABLE = "SDXL_API_KEY"
+LONGEST_NAME = 48
+"""Characters of the prompt in a file's name; at four bytes each, seed and ending still fit into 255 bytes."""
+LONGEST_WAIT = 86_400
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Paint and save what the command line asks for.
+
+    Returns:
+        The exit code: 0 when every picture is saved, 1 for an error, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: after ``--help``, or with code 2 for wrong usage.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        asyncio.run(paint(options))
+    except ClientError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{PROGRAM}: Cannot write {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def paint(options: argparse.Namespace) -> None:
+    """Send one request for each picture, several at a time, and save each picture as soon as it is there.
+
+    Raises:
+        ClientError: a picture could not be had; those before it are saved, the others are given up.
+        OSError: a picture could not be saved.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    key = os.environ.get(KEY_VARIABLE)
+    async with AsyncClient(options.url, options.model, key, options.timeout, retries=options.retries) as client:
+        if options.wait is not None:
+            await client.wait_until_ready(options.wait)
+        places = asyncio.Semaphore(options.parallel)
+
+        async def paint_one(number: int) -> None:
+            seed = None if options.seed is None else options.seed + number
+            async with places:
+                result = await client.generate(options.prompt, **_parameters(options, seed))
+            for picture in result.pictures:
+                path = save(picture, options.prompt, options.out)
+                tqdm.write(f"{path}\tseed {picture.seed}")
+            bar.update()
+
+        try:
+            # Without a terminal, `disable=None` shows no bar.
+            with tqdm(total=options.number, unit="picture", disable=None) as bar:
+                async with asyncio.TaskGroup() as group:
+                    for number in range(options.number):
+                        group.create_task(paint_one(number))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+
+def save(picture: Picture, prompt: str, folder: Path) -> Path:
+    """Write `picture` under a name made of `prompt` and its seed; never over another file.
+
+    A file that holds the very same picture is left as it is; a different one gets a number behind the name.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    stem = f"{file_name(prompt)}-{picture.seed}"
+    path = folder / f"{stem}{picture.suffix}"
+    count = 1
+    while True:
+        try:
+            with path.open("xb") as file:
+                file.write(picture.data)
+            return path
+        except FileExistsError:
+            if path.is_file() and path.read_bytes() == picture.data:
+                return path
+        count += 1
+        path = folder / f"{stem}_{count}{picture.suffix}"
+
+
+def file_name(prompt: str) -> str:
+    """The words of `prompt` in small letters with hyphens between them: letters and digits of any script, no more."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
+    return "-".join(words)[:LONGEST_NAME].rstrip("-") or "picture"
+
+
+def _parameters(options: argparse.Namespace, seed: int | None) -> Parameters:
+    return Parameters(
+        prompt_2=options.prompt_2,
+        negative_prompt=options.negative,
+        negative_prompt_2=options.negative_2,
+        height=options.height,
+        width=options.width,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        guidance_rescale=options.guidance_rescale,
+        seed=seed,
+        clip_skip=options.clip_skip,
+        scheduler=options.scheduler,
+        denoising_end=options.denoising_end,
+        output_format=options.format,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Paint pictures with a Stable Diffusion XL server. Prints the file and the seed of each.",
+        epilog=f"What is not given is the model's own choice. The key for a server that wants one is read from the "
+        f"environment variable {KEY_VARIABLE}.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("prompt", help="what the pictures show")
+    add("--url", default="http://localhost:8080", help="of the server (default: %(default)s)")
+    add("--model", default="sdxl", metavar="NAME", help="name of the model there (default: %(default)s)")
+    add("--out", default=Path(), type=Path, metavar="DIR", help="folder for the files (default: this one)")
+    add("--number", default=1, type=_count, metavar="N", help="pictures to paint (default: %(default)s)")
+    add("--seed", type=int, metavar="N", help="of the first picture, the next has one more (default: random)")
+
+    group = parser.add_argument_group("how they are painted")
+    add = group.add_argument
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance", type=float, metavar="SCALE", help="how strongly the prompt steers")
+    add("--guidance-rescale", type=float, metavar="X", help="0 to 1; tames overexposure by strong guidance")
+    add("--negative", metavar="PROMPT", help="what the pictures should not show")
+    add("--prompt-2", metavar="PROMPT", help="for the second text encoder")
+    add("--negative-2", metavar="PROMPT", help="negative prompt for the second text encoder")
+    add("--width", type=int, metavar="PIXELS")
+    add("--height", type=int, metavar="PIXELS")
+    add("--scheduler", metavar="NAME", help="noise scheduler, such as 'Euler' or 'DPM++ 2M Karras'")
+    add("--clip-skip", type=int, metavar="N", help="text encoder layers to skip")
+    add("--denoising-end", type=float, metavar="X", help="fraction of the denoising after which to stop")
+    add("--format", choices=("png", "jpeg", "webp"), help="of the files (default: png)")
+
+    group = parser.add_argument_group("how the server is asked")
+    add = group.add_argument
+    add("--parallel", default=16, type=_count, metavar="N", help="requests at the same time (default: %(default)s)")
+    add("--retries", default=5, type=int, metavar="N", help="tries again while it is busy (default: %(default)s)")
+    add("--timeout", default=600.0, type=_seconds, metavar="SECONDS", help="for one answer (default: %(default)g)")
+    add("--wait", type=_seconds, metavar="SECONDS", help="for the model to become ready first (default: no time)")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= LONGEST_WAIT:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and at most {LONGEST_WAIT} seconds, not {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""The whole application over ASGI, on families without a model: states, refusals, hanging up, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.engine.family import Family
+from app.errors import ModelLoadFailed
+from app.main import create_app
+from app.settings import Settings
+from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory
+
+INFER = "/v2/models/m/infer"
+
+
+def prompt(text: str = "a cat", **parameters: Any) -> dict[str, Any]:
+    inputs = [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": [text]}]
+    return {"inputs": inputs, "parameters": parameters}
+
+
+@contextlib.asynccontextmanager
+async def running(
+    load: Callable[[], Family[Any]], until_ready: bool = True, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application whose lifespan has begun."""
+    options: dict[str, Any] = {"model_name": "m", "warm_up": False, "grace_period": 1.0, **settings}
+    app = create_app(Settings(**options), load=load)
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        while until_ready and (await client.get("/v2/health/ready")).status_code != 200:
+            await asyncio.sleep(0.005)
+        yield client
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://runtime")
+
+
+def metric(text: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+async def test_the_server_is_live_before_it_is_ready_and_says_why_it_is_not() -> None:
+    loaded = threading.Event()
+
+    def load() -> Family[Any]:
+        loaded.wait(30)
+        return Instant()
+
+    async with running(load, until_ready=False) as client:
+        assert (await client.get("/v2/health/live")).json() == {"live": True}
+        ready = await client.get("/v2/health/ready")
+        assert ready.status_code == 503
+        assert ready.json() == {"ready": False, "error": "Not every model is ready: m is loading."}
+        assert (await client.get("/v2/models/m/ready")).json()["ready"] is False
+        refused = await client.post(INFER, json=prompt())
+        assert refused.status_code == 503 and "loading" in refused.json()["error"]
+        loaded.set()
+        while (await client.get("/v2/health/ready")).status_code != 200:
+            await asyncio.sleep(0.005)
+        assert (await client.post(INFER, json=prompt())).status_code == 200
+
+
+async def test_a_model_that_cannot_be_loaded_never_becomes_ready() -> None:
+    def load() -> Family[Any]:
+        raise ModelLoadFailed("no such folder")
+
+    async with running(load, until_ready=False) as client:
+        while "failed" not in (await client.get("/v2/health/ready")).text:
+            await asyncio.sleep(0.005)
+        assert (await client.post(INFER, json=prompt())).status_code == 503
+
+
+async def test_every_path_answers_with_and_without_version_and_trailing_slash() -> None:
+    async with running(Instant) as client:
+        for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/m", "/v2/models/m/ready",
+                     "/v2/models/m/versions/1", "/v2/models/m/versions/1/ready"):  # fmt: skip
+            first, second = await client.get(path), await client.get(path + "/")
+            assert first.status_code == second.status_code == 200 and first.json() == second.json()
+        for path in (INFER, INFER + "/", "/v2/models/m/versions/1/infer", "/v2/models/m/versions/1/infer/"):
+            answer = await client.post(path, json=prompt(seed=3))
+            assert answer.status_code == 200
+            assert answer.json().get("model_version") == ("1" if "versions" in path else None)
+
+
+@pytest.mark.parametrize("path", ["/v2/models/m/versions/2", "/v2/models/m/versions/2/ready", "/v2/models/x", "/v3"])
+async def test_what_does_not_exist_is_404_with_a_sentence(path: str) -> None:
+    async with running(Instant) as client:
+        answer = await client.get(path)
+    assert answer.status_code == 404 and list(answer.json()) == ["error"]
+
+
+async def test_probes_answer_while_a_step_blocks_the_device() -> None:
+    family = Gated()
+    async with running(lambda: family) as client:
+        running_requests = [asyncio.ensure_future(client.post(INFER, json=prompt())) for _ in range(8)]
+        await asyncio.to_thread(family.waiting.wait, 30)
+        for _ in range(100):
+            assert (await client.get("/v2/health/live")).status_code == 200
+            assert (await client.get("/v2/models/m/ready")).status_code == 200
+        assert not any(request.done() for request in running_requests)
+        family.permit(1000)
+        assert {answer.status_code for answer in await asyncio.gather(*running_requests)} == {200}
+
+
+async def test_a_full_queue_is_429_with_the_seconds_to_wait_and_is_counted() -> None:
+    family = Gated()
+    async with running(lambda: family, max_queue=2, max_images_per_request=2) as client:
+        accepted = [asyncio.ensure_future(client.post(INFER, json=prompt())) for _ in range(2)]
+        while metric((await client.get("/metrics")).text, "sdxl_running_images") < 2:
+            await asyncio.sleep(0.005)
+        refused = [await client.post(INFER, json=prompt()) for _ in range(5)]
+        assert {answer.status_code for answer in refused} == {429}
+        assert all(int(answer.headers["Retry-After"]) >= 1 and answer.json()["error"] for answer in refused)
+        family.permit(1000)
+        assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {200}
+        text = (await client.get("/metrics")).text
+        assert 'sdxl_rejected_total{model_name="m",reason="overloaded"} 5.0' in text
+
+
+async def test_a_client_that_hangs_up_is_cancelled_and_its_place_given_back() -> None:
+    family = Gated()
+    async with running(lambda: family) as client:
+        app: Any = client._transport
+        received = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if not received.is_set():
+                received.set()
+                return {"type": "http.request", "body": json.dumps(prompt()).encode(), "more_body": False}
+            await asyncio.to_thread(family.waiting.wait, 30)
+            return {"type": "http.disconnect"}
+
+        async def send(_: Any) -> None:
+            return None
+
+        scope = {"type": "http", "method": "POST", "path": INFER, "headers": [], "query_string": b"",
+                 "http_version": "1.1", "scheme": "http", "server": ("runtime", 80)}  # fmt: skip
+        await app.app(scope, receive, send)
+        family.permit(1000)
+        while metric((await client.get("/metrics")).text, "sdxl_cancelled_total") < 1:
+            await asyncio.sleep(0.005)
+        text = (await client.get("/metrics")).text
+        assert metric(text, "sdxl_pending_images") == metric(text, "sdxl_running_images") == 0
+        assert len(family.passes) <= 1
+
+
+async def test_a_deadline_of_the_request_is_504() -> None:
+    family = Gated()
+    async with running(lambda: family) as client:
+        answer = asyncio.ensure_future(client.post(INFER, json=prompt(timeout=50_000)))
+        await asyncio.to_thread(family.waiting.wait, 30)
+        await asyncio.sleep(0.1)
+        family.permit(1000)
+        assert (await answer).status_code == 504
+
+
+@pytest.mark.parametrize(
+    ("family", "request_body", "status"),
+    [
+        pytest.param(FailsAt("step"), prompt("fail"), 500, id="a-step-that-breaks"),
+        pytest.param(FailsAt("decode"), prompt("fail"), 500, id="a-decode-that-breaks"),
+        pytest.param(RunsOutOfMemory(), prompt(width=128), 507, id="out-of-memory"),
+    ],
+)
+async def test_a_failure_is_one_error_and_the_next_request_gets_its_picture(
+    family: Family[Any], request_body: dict[str, Any], status: int
+) -> None:
+    async with running(lambda: family) as client:
+        failed = await client.post(INFER, json=request_body)
+        assert failed.status_code == status and list(failed.json()) == ["error"]
+        assert (await client.post(INFER, json=prompt())).status_code == 200
+
+
+async def test_a_dead_device_thread_is_not_live() -> None:
+    async with running(Dies) as client:
+        assert (await client.post(INFER, json=prompt())).status_code == 500
+        while (await client.get("/v2/health/live")).status_code != 503:
+            await asyncio.sleep(0.005)
+        assert (await client.get("/v2/health/ready")).status_code == 503
+        assert (await client.post(INFER, json=prompt())).status_code == 503
+
+
+async def test_a_bug_of_ours_is_a_500_in_the_protocols_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("secret detail")
+
+    async with running(Instant) as client:
+        monkeypatch.setattr("app.protocol.oip.write_infer", broken)
+        answer = await client.post(INFER, json=prompt())
+        assert answer.status_code == 500 and list(answer.json()) == ["error"] and "secret" not in answer.text
+
+
+async def test_metrics_carry_kserves_names_and_no_label_that_a_caller_chose() -> None:
+    async with running(Instant) as client:
+        await client.post(INFER, json=prompt("a prompt to look for", num_images_per_prompt=3))
+        await client.post("/v2/models/unheard-of/infer", json=prompt())
+        text = (await client.get("/metrics")).text
+    for name in ("preprocess", "predict", "postprocess"):
+        assert f'request_{name}_seconds_count{{model_name="m"}} 1.0' in text
+        assert f'request_{name}_seconds_bucket{{le="600.0",model_name="m"}} 1.0' in text
+    assert 'sdxl_images_total{model_name="m"} 3.0' in text
+    assert 'sdxl_steps_total{model_name="m"} 12.0' in text
+    assert 'sdxl_rejected_total{model_name="m",reason="model_not_found"} 1.0' in text
+    assert "unheard-of" not in text and "look for" not in text
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json", "/v2", "/v2/models/m", "/nothing"])
+async def test_without_the_key_everything_but_health_is_401(path: str) -> None:
+    async with running(Instant, api_key="sesame") as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}, {"Host": "/v2/health/live"}):
+            answer = await client.get(path, headers=headers)
+            assert answer.status_code == 401 and list(answer.json()) == ["error"]
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        allowed = await client.get(path, headers={"Authorization": "Bearer sesame"})
+        assert allowed.status_code == (404 if path == "/nothing" else 200)
+        assert (await client.get("/v2/health/live")).status_code == 200
+
+
+async def test_a_request_id_is_echoed_or_made() -> None:
+    async with running(Instant) as client:
+        given = await client.get("/v2", headers={"X-Request-Id": "abc-1"})
+        assert given.headers["X-Request-Id"] == "abc-1"
+        made = await client.get("/v2", headers={"X-Request-Id": "evil\tid" * 100})
+        assert len(made.headers["X-Request-Id"]) == 32
+
+
+async def test_the_latency_line_names_the_request_and_its_stages_and_never_the_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        async with running(Instant) as client:
+            await client.post(INFER, json=prompt("a secret wish"))
+    (record,) = [record for record in caplog.records if record.getMessage() == "infer"]
+    fields = record.__dict__["fields"]
+    assert fields["model"] == "m" and fields["status"] == 200 and fields["images"] == 1
+    assert {"queue_s", "denoise_s", "decode_s", "encode_s", "total_s"} <= set(fields)
+    assert "secret wish" not in caplog.text
+
+
+async def test_seeds_are_drawn_when_nobody_chose_one_and_named_in_the_answer() -> None:
+    async with running(Instant) as client:
+        answers = [(await client.post(INFER, json=prompt(num_images_per_prompt=2))).json() for _ in range(2)]
+        seeds = [answer["outputs"][1]["data"] for answer in answers]
+        assert seeds[0] != seeds[1] and all(second == first + 1 for first, second in seeds)
+        again = (await client.post(INFER, json=prompt(seed=seeds[0][1]))).json()
+        assert again["outputs"][0]["data"][0] == answers[0]["outputs"][0]["data"][1]

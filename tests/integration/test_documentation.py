@@ -1,0 +1,314 @@
+"""The OpenAPI document says what the server takes and answers, and /docs shows it without help from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+import schemathesis
+
+from app.api import edge
+from app.api.infer_schema import PICKY_SCHEDULERS
+from app.engine.family import Family
+from app.engine.scheduler_names import NAMES
+from app.errors import InvalidRequest, StartupError
+from app.generation import MAX_SEED, PARAMETERS, Kind
+from app.main import create_app
+from app.protocol import oip
+from app.settings import Settings
+from tests.fakes import Strict
+
+INFER = "/v2/models/sdxl/infer"
+OPERATIONS = {
+    ("get", "/v2"),
+    ("get", "/v2/health/live"),
+    ("get", "/v2/health/ready"),
+    ("get", "/v2/models/{model_name}"),
+    ("get", "/v2/models/{model_name}/ready"),
+    ("get", "/v2/models/{model_name}/versions/{model_version}"),
+    ("get", "/v2/models/{model_name}/versions/{model_version}/ready"),
+    ("post", "/v2/models/{model_name}/infer"),
+    ("post", "/v2/models/{model_name}/versions/{model_version}/infer"),
+    ("get", "/metrics"),
+}
+
+
+class LoadsWhenTold:
+    """Makes a family once the test says `go`."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self) -> Strict:
+        assert self.go.wait(30)
+        return Strict()
+
+
+@asynccontextmanager
+async def serve(load: Callable[[], Family[Any]] = Strict, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(Settings(model_name="sdxl", **settings), load=load)
+    transport = httpx.ASGITransport(app=app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        if load is Strict:
+            await wait_until_ready(client)
+        yield client
+
+
+async def wait_until_ready(client: httpx.AsyncClient) -> None:
+    for _ in range(1000):
+        if (await client.get("/v2/health/ready")).status_code == 200:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("The model was not ready after 10 seconds.")
+
+
+async def fetch(**settings: Any) -> dict[str, Any]:
+    async with serve(**settings) as client:
+        document: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return document
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with serve() as client:
+        yield client
+
+
+@pytest.fixture
+async def document(client: httpx.AsyncClient) -> dict[str, Any]:
+    found: dict[str, Any] = (await client.get("/openapi.json")).json()
+    return found
+
+
+def infer_operation(document: dict[str, Any]) -> dict[str, Any]:
+    operation: dict[str, Any] = document["paths"]["/v2/models/{model_name}/infer"]["post"]
+    return operation
+
+
+def infer_examples(document: dict[str, Any]) -> dict[str, Any]:
+    examples = infer_operation(document)["requestBody"]["content"]["application/json"]["examples"]
+    return {name: example["value"] for name, example in examples.items()}
+
+
+def documented_parameters(document: dict[str, Any]) -> dict[str, Any]:
+    """Schema by name, whether it travels as an input or as a parameter."""
+    request = document["components"]["schemas"]["InferenceRequest"]["properties"]
+    inputs = {tensor["properties"]["name"]["const"]: tensor for tensor in request["inputs"]["prefixItems"]}
+    return {**inputs, **request["parameters"]["properties"]}
+
+
+def validator(document: dict[str, Any], name: str) -> jsonschema.Draft202012Validator:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    return jsonschema.Draft202012Validator(schema)
+
+
+def places_of_null(node: Any) -> Iterator[Any]:
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        if value is None or value == "null":
+            yield node
+        yield from places_of_null(value)
+
+
+# --- The document ----------------------------------------------------------------------------------------------
+
+
+async def test_the_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1.")
+    schemathesis.openapi.from_dict(document).validate()
+    for schema in document["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+
+
+async def test_every_operation_has_a_summary_a_known_tag_and_a_name_of_its_own(document: dict[str, Any]) -> None:
+    paths = document["paths"]
+    operations = {(method, path): paths[path][method] for path in paths for method in paths[path]}
+    assert set(operations) == OPERATIONS
+    assert len({operation["operationId"] for operation in operations.values()}) == len(operations)
+    tags = {tag["name"] for tag in document["tags"]}
+    assert all(operation["summary"] and set(operation["tags"]) <= tags for operation in operations.values())
+
+
+async def test_every_parameter_is_told_with_its_type_and_meaning(document: dict[str, Any]) -> None:
+    documented = documented_parameters(document)
+    assert set(documented) == {*PARAMETERS, "binary_data_output"}
+    types = {Kind.TEXT: "string", Kind.INTEGER: "integer", Kind.NUMBER: "number", Kind.PAIR: "object"}
+    for name, parameter in PARAMETERS.items():
+        assert documented[name]["description"] == parameter.description
+        assert documented[name]["type"] == ("object" if parameter.required else types[parameter.kind])
+
+
+async def test_bounds_are_the_limits_of_the_settings() -> None:
+    documented = documented_parameters(
+        await fetch(max_steps=7, max_images_per_request=3, max_pixels=100_000, max_prompt_length=12)
+    )
+    assert documented["num_inference_steps"]["maximum"] == 7
+    assert documented["num_images_per_prompt"]["maximum"] == 3
+    assert documented["negative_prompt"]["maxLength"] == 12
+    assert documented["prompt"]["properties"]["data"]["items"]["maxLength"] == 12
+    # The largest square: whatever height and width are chosen up to it, the product fits.
+    assert documented["height"]["maximum"] == documented["width"]["maximum"] == 312
+    assert documented["seed"]["maximum"] == MAX_SEED
+    assert "minimum" not in documented["denoising_end"] and documented["denoising_end"]["exclusiveMinimum"] == 0
+
+
+async def test_defaults_and_bounds_of_the_model_are_told_once_it_is_loaded() -> None:
+    load = LoadsWhenTold()
+    async with serve(load) as client:
+        before = documented_parameters((await client.get("/openapi.json")).json())
+        load.go.set()
+        await wait_until_ready(client)
+        after = documented_parameters((await client.get("/openapi.json")).json())
+    assert "default" not in before["height"] and "maximum" not in before["clip_skip"]
+    assert before["output_format"]["default"] == after["output_format"]["default"] == "png"
+    assert after["height"]["default"] == 16 and after["guidance_scale"]["default"] == 5.0
+    assert after["scheduler"]["default"] == "Euler" and after["clip_skip"]["maximum"] == 2
+
+
+async def test_schedulers_are_listed_or_told_with_what_they_need(document: dict[str, Any]) -> None:
+    assert {*documented_parameters(document)["scheduler"]["enum"], *PICKY_SCHEDULERS} == set(NAMES)
+    assert all(f"`{name}`" in infer_operation(document)["description"] for name in PICKY_SCHEDULERS)
+
+
+async def test_paths_offer_the_served_model_so_that_trying_it_works_at_once(document: dict[str, Any]) -> None:
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            for parameter in operation.get("parameters", ()):
+                name = {"model_name": "sdxl", "model_version": "1"}[parameter["name"]]
+                assert parameter["in"] == "path" and parameter["schema"]["enum"] == [name]
+
+
+# --- What it says is so ----------------------------------------------------------------------------------------
+
+
+async def test_examples_follow_the_schema_and_are_read_and_served(
+    client: httpx.AsyncClient, document: dict[str, Any]
+) -> None:
+    for example in infer_examples(document).values():
+        validator(document, "InferenceRequest").validate(example)
+        assert oip.parse_infer(json.dumps(example).encode(), None).requests[0].prompt
+        assert (await client.post(INFER, json=example)).status_code == 200
+
+
+async def test_examples_keep_to_the_limits_of_a_narrow_server() -> None:
+    async with serve(max_steps=4, max_images_per_request=1, max_queue=1) as client:
+        for example in infer_examples((await client.get("/openapi.json")).json()).values():
+            assert (await client.post(INFER, json=example)).status_code == 200
+
+
+async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
+    example = infer_examples(document)["picture"]
+    answers = {
+        "InferenceResponse": await client.post(INFER, json=example),
+        "ErrorMessage": await client.post(INFER, json={}),
+        "ServerMetadata": await client.get("/v2"),
+        "ModelMetadata": await client.get("/v2/models/sdxl"),
+        "Live": await client.get("/v2/health/live"),
+        "Ready": await client.get("/v2/health/ready"),
+        "ModelReady": await client.get("/v2/models/sdxl/ready"),
+    }
+    for name, answer in answers.items():
+        validator(document, name).validate(answer.json())
+        assert not list(places_of_null(answer.json()))
+        assert not list(places_of_null(document["components"]["schemas"][name]))
+    assert set(answers) | {"InferenceRequest"} >= {
+        name for name in document["components"]["schemas"] if not name.endswith(("Tensor", "Output"))
+    }
+
+
+async def test_a_server_that_is_not_ready_answers_as_documented() -> None:
+    load = LoadsWhenTold()
+    async with serve(load) as client:
+        document = (await client.get("/openapi.json")).json()
+        for path, name in (("/v2/health/ready", "Ready"), ("/v2/models/sdxl/ready", "ModelReady")):
+            answer = await client.get(path)
+            assert answer.status_code == 503
+            validator(document, name).validate(answer.json())
+        load.go.set()
+
+
+async def test_every_status_that_an_error_can_have_is_documented(document: dict[str, Any]) -> None:
+    startup: set[str] = {StartupError.code, *(error.code for error in StartupError.__subclasses__())}
+    # Without a key nobody is turned away.
+    statuses = {str(status) for code, status in edge.HTTP_STATUS.items() if code not in {*startup, "unauthorized"}}
+    assert set(infer_operation(document)["responses"]) == {"200", *statuses}
+
+
+async def test_every_documented_header_is_sent(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
+    responses = infer_operation(document)["responses"]
+    answer = await client.post(INFER, json=infer_examples(document)["binary"])
+    assert answer.headers["content-type"] in responses["200"]["content"]
+    assert set(responses["200"]["headers"]) == {"X-Request-Id", "Inference-Header-Content-Length"}
+    assert all(header in answer.headers for header in responses["200"]["headers"])
+    assert set(responses["429"]["headers"]) == {"X-Request-Id", "Retry-After"}
+
+
+async def test_with_a_key_the_document_says_where_it_is_needed() -> None:
+    async with serve(api_key="secret") as client:
+        assert (await client.get("/v2")).status_code == 401
+        document = (await client.get("/openapi.json", headers={"Authorization": "Bearer secret"})).json()
+    assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+    assert document["security"] == [{"key": []}]
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            is_open = path in edge.OPEN_PATHS
+            assert (operation.get("security") == []) is is_open
+            assert ("401" in operation["responses"]) is not is_open
+
+
+async def test_without_a_key_the_document_speaks_of_none(document: dict[str, Any]) -> None:
+    assert "security" not in document and "401" not in json.dumps(document["paths"])
+
+
+# --- The page --------------------------------------------------------------------------------------------------
+
+
+async def test_the_page_needs_nothing_but_this_server(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
+    page = (await client.get("/docs")).text
+    assert document["info"]["title"] in page
+    assert "//" not in re.sub(r"^ *//.*$", "", page, flags=re.MULTILINE)
+    addresses = re.findall(r'(?:src|href|url)(?:=|: )"([^"]+)"', page)
+    assert "/openapi.json" in addresses and len(addresses) == 4
+    for address in addresses:
+        answer = await client.get(address)
+        assert answer.status_code == 200 and answer.content
+
+
+async def test_the_page_can_be_turned_off() -> None:
+    async with serve(enable_docs_url=False) as client:
+        for path in ("/docs", "/openapi.json", "/docs/files/swagger-ui.css"):
+            answer = await client.get(path)
+            assert answer.status_code == 404 and set(answer.json()) == {"error"}
+
+
+async def test_a_method_that_a_path_lacks_is_told_with_those_that_it_has(client: httpx.AsyncClient) -> None:
+    answer = await client.put(INFER)
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST" and set(answer.json()) == {"error"}
+
+
+async def test_what_the_schema_leaves_to_the_text_is_read_as_the_text_says() -> None:
+    """Several prompts, and values as inputs."""
+    request = {
+        "inputs": [
+            {"name": "prompt", "shape": [2], "datatype": "BYTES", "data": ["one", "two"]},
+            {"name": "seed", "shape": [2], "datatype": "INT64", "data": [1, 2]},
+            {"name": "guidance_scale", "shape": [1], "datatype": "FP32", "data": [3.5]},
+        ],
+        "parameters": {"timeout": 1_000_000},
+    }
+    call = oip.parse_infer(json.dumps(request).encode(), None)
+    assert [(r.prompt, r.seed, r.guidance_scale) for r in call.requests] == [("one", 1, 3.5), ("two", 2, 3.5)]
+    assert call.timeout == 1.0
+    assert oip.parse_infer(b"a prompt", "0").requests[0].prompt == "a prompt"
+    with pytest.raises(InvalidRequest):
+        oip.parse_infer(b"{}", None)

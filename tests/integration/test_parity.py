@@ -1,0 +1,158 @@
+"""Alone, a request gives the picture that the stock pipeline's ``__call__`` gives: on the CPU, every pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from app.engine.schedulers import NAMES
+from app.engine.sdxl import SdxlFamily
+from app.errors import InvalidRequest
+from app.generation import GenerateRequest
+
+PROMPT = "a small red star on a white background"
+
+
+def ours(family: SdxlFamily, **parameters: Any) -> np.ndarray:
+    request = family.resolve(GenerateRequest(**parameters))
+    job = family.begin(request, family.encode(request))
+    while not job.done:
+        family.step([job])
+    picture: np.ndarray = family.decode([job])[0]
+    return picture
+
+
+def theirs(stock: StableDiffusionXLPipeline, seed: int, **parameters: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    image = stock(**parameters, generator=generator, output_type="pil").images[0]
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "steps", "guidance"),
+    [
+        ("a red circle on a white background", 0, 4, 5.0),
+        ("a large blue square on a yellow background", 1, 1, 7.5),
+        ("a small green triangle on a black background", 2, 2, 5.3),
+        ("a purple star on a orange background", 3, 5, 1.0),
+        ("a white ring on a red background", 4, 3, 0.0),
+        ("a black cross on a purple background", 2**40 + 5, 7, 3.0),
+        ("", 6, 3, 5.0),
+        ("words that it never saw: zebra, 日本, émoji 🎨", 7, 3, 5.0),
+        ("a yellow circle on a blue background", 2**63 - 1, 10, 12.0),
+        ("red " * 120, 9, 2, 5.0),
+    ],
+)
+def test_a_solo_request_equals_the_stock_call_in_every_pixel(
+    family: SdxlFamily, stock: StableDiffusionXLPipeline, prompt: str, seed: int, steps: int, guidance: float
+) -> None:
+    common = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance}
+    assert np.array_equal(ours(family, seed=seed, **common), theirs(stock, seed, **common))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        pytest.param({"negative_prompt": "blue"}, id="negative_prompt"),
+        pytest.param({"negative_prompt": ""}, id="empty-negative_prompt"),
+        pytest.param({"negative_prompt": "blue", "negative_prompt_2": "circle"}, id="negative_prompt_2"),
+        pytest.param({"negative_prompt_2": "circle"}, id="negative_prompt_2-alone"),
+        pytest.param({"prompt_2": "a green ring on a black background"}, id="prompt_2"),
+        pytest.param({"guidance_rescale": 0.7}, id="guidance_rescale"),
+        pytest.param({"guidance_rescale": 0.7, "guidance_scale": 1.0}, id="rescale-without-guidance"),
+        pytest.param({"clip_skip": 0}, id="clip_skip-0"),
+        pytest.param({"clip_skip": 1}, id="clip_skip-1"),
+        pytest.param({"clip_skip": 2, "negative_prompt": "blue"}, id="clip_skip-2"),
+        pytest.param({"original_size": (512, 256)}, id="original_size"),
+        pytest.param({"crops_coords_top_left": (256, 0)}, id="crops_coords_top_left"),
+        pytest.param({"target_size": (1024, 1024)}, id="target_size"),
+        pytest.param({"denoising_end": 0.5, "num_inference_steps": 6}, id="denoising_end"),
+        pytest.param({"denoising_end": 0.01}, id="denoising_end-before-the-first-step"),
+        pytest.param({"denoising_end": 1.0}, id="denoising_end-at-the-end"),
+        pytest.param({"height": 96, "width": 160}, id="landscape"),
+        pytest.param({"height": 104, "width": 72}, id="odd-latents"),
+        pytest.param({"height": 8, "width": 8}, id="smallest"),
+    ],
+)
+def test_every_parameter_means_what_it_means_to_the_stock_call(
+    family: SdxlFamily, stock: StableDiffusionXLPipeline, parameters: dict[str, Any]
+) -> None:
+    common = {"prompt": PROMPT, "num_inference_steps": 3, **parameters}
+    assert np.array_equal(ours(family, seed=11, **common), theirs(stock, 11, **common))
+
+
+def test_defaults_are_the_pipelines_own(family: SdxlFamily) -> None:
+    request = family.resolve(GenerateRequest(prompt=PROMPT))
+    assert (request.height, request.width, request.num_inference_steps, request.guidance_scale) == (128, 128, 50, 5.0)
+    assert (request.original_size, request.crops_coords_top_left, request.target_size) == ((128, 128), (0, 0), (128, 128))
+    assert request.scheduler == "EulerDiscreteScheduler"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scheduler_equals_the_stock_call_with_that_scheduler(
+    family: SdxlFamily, stock: StableDiffusionXLPipeline, name: str
+) -> None:
+    class_name, overrides = NAMES[name]
+    own = stock.scheduler
+    stock.scheduler = getattr(diffusers, class_name).from_config(own.config, **overrides)
+    try:
+        expected = theirs(stock, 5, prompt=PROMPT, num_inference_steps=6)
+    finally:
+        stock.scheduler = own
+    picture = ours(family, prompt=PROMPT, seed=5, num_inference_steps=6, scheduler=name)
+    assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_every_scheduler_paints_or_says_why_not_at_few_steps(family: SdxlFamily, name: str, steps: int) -> None:
+    try:
+        picture = ours(family, prompt=PROMPT, seed=5, num_inference_steps=steps, scheduler=name)
+    except InvalidRequest as error:
+        assert name in str(error)
+    else:
+        assert picture.shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("name", ["euler", "EulerDiscreteScheduler", "dpm++ 2m karras", "DPM++2M Karras", "dpmpp_2m_karras"])
+def test_scheduler_names_are_read_as_people_write_them(family: SdxlFamily, name: str) -> None:
+    assert family.resolve(GenerateRequest(prompt="p", scheduler=name)).scheduler in {*NAMES, "EulerDiscreteScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"height": 100}, "height must be a multiple of 8, not 100; the nearest fitting: 96 and 104"),
+        ({"width": 9}, "width must be a multiple of 8, not 9; the nearest fitting: 8 and 16"),
+        ({"clip_skip": 3}, "clip_skip must be at most 2"),
+        ({"scheduler": "Eular"}, "did you mean 'Euler'"),
+        ({"scheduler": "magic"}, "there are Euler"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_with_what_it_can(
+    family: SdxlFamily, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        family.resolve(GenerateRequest(prompt=PROMPT, **parameters))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"prompt": "red " * 120}, "prompt has 120 tokens, of which the model reads 75"),
+        ({"prompt": "p", "guidance_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
+        ({"prompt": "p", "negative_prompt_2": "x"}, "no effect without negative_prompt"),
+    ],
+)
+def test_what_has_no_effect_is_said(family: SdxlFamily, parameters: dict[str, Any], message: str) -> None:
+    (sentence,) = family.warnings(family.resolve(GenerateRequest(**parameters)))
+    assert message in sentence
+
+
+def test_a_request_without_surprises_has_no_warnings(family: SdxlFamily) -> None:
+    assert family.warnings(family.resolve(GenerateRequest(prompt=PROMPT, negative_prompt="x"))) == ()

@@ -1,0 +1,465 @@
+"""The Python client and the command line against servers that refuse, hesitate, vanish or talk nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.generation import PARAMETERS, ImageFormat
+from app.protocol import oip
+from clients import client as wire
+from clients import paint
+from clients.client import AsyncClient, Client, Parameters, Picture, ServerError, UnreachableError
+
+URL = "http://server:8080"
+IMAGES = [b"first picture", b"second"]
+SEEDS = [7, 2**63 - 1]
+PNG = {"content_type": "image/png"}
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def json_answer(_: httpx.Request | None = None, **fields: Any) -> httpx.Response:
+    outputs = [
+        {"name": "image", "shape": [2], "datatype": "BYTES", "data": [base64.b64encode(i).decode() for i in IMAGES]},
+        {"name": "seed", "shape": [2], "datatype": "INT64", "data": SEEDS},
+    ]
+    return httpx.Response(200, json={"model_name": "sdxl", "parameters": PNG, "outputs": outputs, **fields})
+
+
+def binary_body() -> tuple[bytes, int]:
+    """The body of a good binary answer, and the length of its JSON."""
+    images = b"".join(struct.pack("<I", len(image)) + image for image in IMAGES)
+    seeds = struct.pack("<2q", *SEEDS)
+    outputs = [
+        {"name": "image", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": len(images)}},
+        {"name": "seed", "shape": [2], "datatype": "INT64", "parameters": {"binary_data_size": len(seeds)}},
+    ]
+    head = json.dumps({"model_name": "sdxl", "parameters": PNG, "outputs": outputs}).encode()
+    return head + images + seeds, len(head)
+
+
+def binary_answer(body: bytes, json_length: object) -> httpx.Response:
+    return httpx.Response(200, content=body, headers={wire.JSON_LENGTH: str(json_length)})
+
+
+def always(answer: httpx.Response) -> Handler:
+    """A server with one answer; each caller gets a copy, as a stream can be read by one client only."""
+    return lambda _: httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+
+class Ask(Protocol):
+    """Calls one method of a client whose server is `handler`."""
+
+    def __call__(
+        self, handler: Handler, method: str, *arguments: Any, options: dict[str, Any] | None = None, **keywords: Any
+    ) -> Any: ...
+
+
+def ask_blocking(
+    handler: Handler, method: str, *arguments: Any, options: dict[str, Any] | None = None, **keywords: Any
+) -> Any:
+    with Client(URL, transport=httpx.MockTransport(handler), **(options or {})) as client:
+        return getattr(client, method)(*arguments, **keywords)
+
+
+def ask_asynchronously(
+    handler: Handler, method: str, *arguments: Any, options: dict[str, Any] | None = None, **keywords: Any
+) -> Any:
+    async def run() -> Any:
+        async with AsyncClient(URL, transport=httpx.MockTransport(handler), **(options or {})) as client:
+            return await getattr(client, method)(*arguments, **keywords)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(params=[ask_blocking, ask_asynchronously], ids=["Client", "AsyncClient"])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    asker: Ask = request.param
+    return asker
+
+
+# --- Requests --------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_of_the_server_is_a_keyword_of_the_client() -> None:
+    assert {"prompt", *Parameters.__annotations__} == set(PARAMETERS)
+
+
+def test_the_server_reads_every_parameter_as_it_was_given() -> None:
+    parameters = Parameters(
+        prompt_2="a circle",
+        negative_prompt="blurry ☂",
+        negative_prompt_2="text",
+        height=64,
+        width=128,
+        num_inference_steps=2,
+        guidance_scale=7.1,
+        guidance_rescale=0.7,
+        seed=2**63 - 2,
+        num_images_per_prompt=2,
+        clip_skip=1,
+        scheduler="DPM++ 2M Karras",
+        original_size=(512, 1024),
+        crops_coords_top_left=(0, 8),
+        target_size=(64, 128),
+        denoising_end=0.8,
+        output_format="webp",
+    )
+    call = oip.parse_infer(wire.write_request(["a", "b"], parameters, binary=False, request_id="mine"), None)
+    assert call.id == "mine"
+    assert [request.prompt for request in call.requests] == ["a", "b"]
+    for request in call.requests:
+        for name, value in parameters.items():
+            assert getattr(request, name) == (ImageFormat.WEBP if name == "output_format" else value)
+
+
+def test_what_is_none_is_left_to_the_model() -> None:
+    call = oip.parse_infer(wire.write_request("a", {"seed": None, "width": None}), None)
+    assert call.given == {"prompt"}
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_pictures_are_asked_for_as_bytes_or_as_json(binary: bool) -> None:
+    call = oip.parse_infer(wire.write_request("a", {}, binary), None)
+    assert [output.binary for output in call.outputs] == [binary, binary]
+
+
+def test_key_and_model_are_sent_so_that_any_server_can_read_them(ask: Ask) -> None:
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return json_answer()
+
+    ask(handler, "generate", "a", options={"model": "my/model ü", "api_key": "schlüssel\n"})
+    assert seen[0].url.raw_path == b"/v2/models/my%2Fmodel%20%C3%BC/infer"
+    assert (b"Authorization", "Bearer schlüssel".encode()) in seen[0].headers.raw
+    assert seen[0].headers["Content-Type"] == "application/json"
+
+
+def test_a_server_may_live_under_a_path() -> None:
+    transport = httpx.MockTransport(
+        lambda request: httpx.Response(200 if request.url.path == "/sd/v2" else 404, json={})
+    )
+    with Client("http://gateway/sd/", transport=transport) as client:
+        assert client.server_metadata() == {}
+
+
+# --- Answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [json_answer(id="mine"), binary_answer(*binary_body())], ids=["json", "binary"])
+def test_pictures_come_with_their_seeds_in_json_and_binary(ask: Ask, answer: httpx.Response) -> None:
+    result = ask(always(answer), "generate", "a")
+    assert result.pictures == [Picture(image, seed, "image/png") for image, seed in zip(IMAGES, SEEDS, strict=True)]
+    assert result.parameters == PNG
+    assert result.id in ("mine", None)
+
+
+BODY, LENGTH = binary_body()
+
+
+def tensors_answer(image: list[Any], seed: list[Any]) -> httpx.Response:
+    return json_answer(outputs=[{"name": "image", "data": image}, {"name": "seed", "data": seed}])
+
+
+MALFORMED = {
+    "not JSON": (httpx.Response(200, text="<html>Welcome</html>"), "not JSON"),
+    "not UTF-8": (httpx.Response(200, content=b'"\xff\xff"'), "not JSON"),
+    "nested without end": (httpx.Response(200, content=b"[" * 100_000), "not JSON"),
+    "no object": (httpx.Response(200, json=[1]), "not a JSON object"),
+    "no outputs": (httpx.Response(200, json={}), "no outputs"),
+    "outputs of another kind": (json_answer(outputs=["image"]), "no name or no data"),
+    "parameters of another kind": (json_answer(parameters=[1]), "parameters"),
+    "another model's outputs": (json_answer(outputs=[{"name": "logits", "data": [0.5]}]), "lacks the output image"),
+    "no base64": (tensors_answer(["?"], [1]), "base64"),
+    "image no text": (tensors_answer([{}], [1]), "base64"),
+    "seed no number": (tensors_answer(["AA=="], ["1"]), "whole number"),
+    "no pictures": (tensors_answer([], []), "0 pictures"),
+    "a seed too few": (tensors_answer(["AA==", "AA=="], [1]), "2 pictures and 1 seeds"),
+    "header missing": (httpx.Response(200, content=BODY), "not JSON"),
+    "header no number": (binary_answer(BODY, "-1"), wire.JSON_LENGTH),
+    "header too large": (binary_answer(BODY, len(BODY) + 1), wire.JSON_LENGTH),
+    "header too small": (binary_answer(BODY, LENGTH - 1), "not JSON"),
+    "cut off in the image": (binary_answer(BODY[: LENGTH + 9], LENGTH), "bytes of image are announced, but 9 came"),
+    "cut off in the seed": (binary_answer(BODY[:-1], LENGTH), "16 bytes of seed are announced, but 15 came"),
+    "bytes too many": (binary_answer(BODY + b"!", LENGTH), "1 bytes follow"),
+}
+
+
+@pytest.mark.parametrize(("answer", "words"), MALFORMED.values(), ids=MALFORMED)
+def test_an_answer_that_makes_no_sense_is_an_error_that_says_why(answer: httpx.Response, words: str) -> None:
+    with pytest.raises(ServerError, match=words) as caught:
+        wire.read_result(answer)
+    assert caught.value.status == 200
+    assert str(caught.value).startswith("The server's answer cannot be understood: ")
+
+
+@given(
+    start=st.integers(0, len(BODY)),
+    end=st.integers(0, len(BODY)),
+    noise=st.binary(max_size=12),
+    length=st.none() | st.integers(0, len(BODY)).map(str) | st.just(str(LENGTH)),
+)
+def test_damage_to_an_answer_never_shows_as_anything_but_a_server_error(
+    start: int, end: int, noise: bytes, length: str | None
+) -> None:
+    headers = {} if length is None else {wire.JSON_LENGTH: length}
+    try:
+        result = wire.read_result(httpx.Response(200, content=BODY[:start] + noise + BODY[end:], headers=headers))
+    except ServerError:
+        return
+    assert all(isinstance(picture.data, bytes) and isinstance(picture.seed, int) for picture in result.pictures)
+
+
+def test_a_picture_is_saved_as_it_came(tmp_path: Path) -> None:
+    path = Picture(b"bytes", 7, "image/webp").save(tmp_path / "a.webp")
+    assert path.read_bytes() == b"bytes"
+
+
+@pytest.mark.parametrize(
+    ("media_type", "suffix"),
+    [("image/png", ".png"), ("image/jpeg", ".jpg"), ("image/webp", ".webp"), ("image/../../etc", ".bin")],
+)
+def test_the_ending_of_a_file_is_one_of_a_few(media_type: str, suffix: str) -> None:
+    assert Picture(b"", 7, media_type).suffix == suffix
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_the_servers_own_sentence(ask: Ask) -> None:
+    sentence = "There is no parameter 'stepz'; did you mean 'steps'?"
+    with pytest.raises(ServerError) as caught:
+        ask(lambda _: httpx.Response(400, json={"error": sentence}), "generate", "a", stepz=2)
+    assert (caught.value.status, str(caught.value), caught.value.retry_after) == (400, sentence, None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(502, text="<html>Bad Gateway</html>"),
+        httpx.Response(502, json={"detail": "gone"}),
+        httpx.Response(502, json={"error": {"code": 7}}),
+        httpx.Response(502),
+    ],
+)
+def test_an_error_without_a_sentence_gets_one(ask: Ask, answer: httpx.Response) -> None:
+    with pytest.raises(ServerError, match="The answer is 502 Bad Gateway without a reason") as caught:
+        ask(always(answer), "metadata")
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (httpx.ConnectError("refused"), "No server can be reached at http://server:8080 (refused)."),
+        (httpx.ReadTimeout(""), "The server at http://server:8080 did not answer within 5 seconds."),
+        (httpx.ReadError(""), "The connection to http://server:8080 broke before the answer was whole (ReadError)."),
+    ],
+)
+def test_trouble_with_the_connection_is_one_sentence(ask: Ask, error: httpx.HTTPError, sentence: str) -> None:
+    def handler(_: httpx.Request) -> httpx.Response:
+        raise error
+
+    with pytest.raises(UnreachableError) as caught:
+        ask(handler, "generate", "a", options={"timeout": 5})
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("url", ["server:8080", "ftp://server", "http://", "http://server:port", "", "\0"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_url_that_is_none_is_told_at_once(kind: type[Client] | type[AsyncClient], url: str) -> None:
+    with pytest.raises(UnreachableError, match="must be like http://localhost:8080"):
+        kind(url)
+
+
+# --- Trying again ----------------------------------------------------------------------------------------------
+
+
+def infer_call() -> wire.Call:
+    return wire.Call("POST", "/infer", httpx.Timeout(60), b"{}")
+
+
+def refusal(status: int, retry_after: str | None = None) -> httpx.Response:
+    headers = {} if retry_after is None else {"Retry-After": retry_after}
+    return httpx.Response(status, json={"error": "The queue is full."}, headers=headers)
+
+
+def test_a_busy_server_is_asked_again_after_the_seconds_it_names() -> None:
+    conversation = wire.converse_infer(infer_call(), retries=2)
+    assert next(conversation).delay == 0
+    again = conversation.send(refusal(429, "3"))
+    assert (again.delay, again.content) == (3, b"{}")
+    assert conversation.send(refusal(503, "4")).delay == 4
+    with pytest.raises(StopIteration) as stop:
+        conversation.send(json_answer())
+    assert [picture.seed for picture in stop.value.value.pictures] == SEEDS
+
+
+def test_pauses_double_where_the_server_names_none_that_can_be_read() -> None:
+    conversation = wire.converse_infer(infer_call(), retries=7)
+    next(conversation)
+    answers = [None, "soon", "Wed, 21 Oct 2026 07:28:00 GMT", "", "-1", "1.5", None]
+    assert [conversation.send(refusal(503, text)).delay for text in answers] == [1, 2, 4, 8, 16, 30, 30]
+
+
+@pytest.mark.parametrize(
+    ("retries", "answer"),
+    [(0, refusal(429, "3")), (5, refusal(400)), (5, refusal(504)), (5, refusal(503, "61"))],
+    ids=["no retries", "not its kind of error", "time was up", "a longer wait than the caller's"],
+)
+def test_other_refusals_are_final(retries: int, answer: httpx.Response) -> None:
+    conversation = wire.converse_infer(infer_call(), retries)
+    next(conversation)
+    with pytest.raises(ServerError, match=r"^The queue is full\.$"):
+        conversation.send(answer)
+
+
+def test_the_last_refusal_is_the_error_and_still_knows_the_wait(ask: Ask) -> None:
+    answers = iter([refusal(429, "0"), refusal(429, "0"), refusal(503, "9")])
+    with pytest.raises(ServerError) as caught:
+        ask(lambda _: next(answers), "generate", "a", options={"retries": 2})
+    assert (caught.value.status, caught.value.retry_after) == (503, 9)
+    assert not list(answers)
+
+
+def test_retries_lead_to_the_picture(ask: Ask) -> None:
+    answers = iter([refusal(429, "0"), json_answer()])
+    assert len(ask(lambda _: next(answers), "generate", "a", options={"retries": 1}).pictures) == 2
+
+
+# --- Health ----------------------------------------------------------------------------------------------------
+
+
+def refuse_connection(_: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("Connection refused")
+
+
+@pytest.mark.parametrize("method", ["live", "ready"])
+def test_health_is_yes_or_no(ask: Ask, method: str) -> None:
+    assert ask(lambda _: httpx.Response(200, json={}), method) is True
+    assert ask(lambda _: httpx.Response(503, json={"error": "The model is loading."}), method) is False
+    assert ask(refuse_connection, method) is False
+
+
+def test_asking_whether_an_unknown_model_is_ready_is_an_error(ask: Ask) -> None:
+    with pytest.raises(ServerError, match="There is no model"):
+        ask(lambda _: httpx.Response(404, json={"error": "There is no model 'sdxl'."}), "ready")
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "POLL_INTERVAL", 0.001)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_waiting_ends_when_the_model_is_ready(ask: Ask) -> None:
+    handlers: list[Handler] = [refuse_connection, always(httpx.Response(502)), always(refusal(503)), json_answer]
+
+    def answer_in_turn(request: httpx.Request) -> httpx.Response:
+        return handlers.pop(0)(request)
+
+    ask(answer_in_turn, "wait_until_ready", 60)
+    assert not handlers
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_waiting_in_vain_ends_with_what_the_server_said_last(ask: Ask) -> None:
+    with pytest.raises(ServerError, match="The model sdxl is loading"):
+        ask(lambda _: httpx.Response(503, json={"error": "The model sdxl is loading."}), "wait_until_ready", 0.01)
+    with pytest.raises(UnreachableError, match="No server can be reached"):
+        ask(refuse_connection, "wait_until_ready", 0.01)
+
+
+def test_nobody_waits_for_a_model_that_will_never_be_there(ask: Ask) -> None:
+    with pytest.raises(ServerError, match="There is no model"):
+        ask(lambda _: httpx.Response(404, json={"error": "There is no model 'sdxl'."}), "wait_until_ready", 600)
+
+
+# --- The command line ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a red circle on a white background", "a-red-circle-on-a-white-background"),
+        ("A  *red* circle!", "a-red-circle"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("C:\\con\n\0_~", "c-con"),
+        ("Ein Käfer, 甲虫", "ein-käfer-甲虫"),
+        ("☂ !", "picture"),
+        ("", "picture"),
+        ("\udcff", "picture"),
+        ("very " * 20, "very-" * 9 + "ver"),
+    ],
+)
+def test_a_prompt_becomes_a_safe_name(prompt: str, name: str) -> None:
+    assert paint.file_name(prompt) == name
+    assert len(name.encode()) <= 200
+
+
+def test_no_picture_is_ever_overwritten(tmp_path: Path) -> None:
+    first, other, third = (Picture(data, 7, "image/png") for data in (b"1", b"2", b"3"))
+    names = [paint.save(picture, "A cat!", tmp_path).name for picture in (first, other, third)]
+    assert names == ["a-cat-7.png", "a-cat-7_2.png", "a-cat-7_3.png"]
+    assert [(tmp_path / name).read_bytes() for name in names] == [b"1", b"2", b"3"]
+
+
+def test_the_same_picture_is_saved_once(tmp_path: Path) -> None:
+    picture = Picture(b"1", 7, "image/png")
+    assert paint.save(picture, "a cat", tmp_path) == paint.save(picture, "a cat", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-cat-7.png"]
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def test_without_a_server_the_command_says_so_in_one_sentence(
+    closed_port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paint.main(["a cat", "--url", f"http://127.0.0.1:{closed_port}", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"sdxl-paint: No server can be reached at http://127.0.0.1:{closed_port} (")
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert paint.main(["a cat", "--out", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == f"sdxl-paint: Cannot write {tmp_path / 'file'}: File exists.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["a", "--number", "0"],
+        ["a", "--steps", "many"],
+        ["a", "--format", "gif"],
+        ["a", "--timeout", "nan"],
+        ["a", "--step", "2"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        paint.main(arguments)
+    assert stop.value.code == 2
+    assert "sdxl-paint: error: " in capsys.readouterr().err
