@@ -28,4 +28,6 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python tests/benchmarks/solo.py
+	$(BIN)/python -m tests.benchmarks.solo
+	$(BIN)/python -m tests.benchmarks.probes
+	$(BIN)/python -m tests.readme

@@ -114,9 +114,7 @@ class GenerateRequest:
             Kind.NUMBER, "Fraction of the denoising after which to stop, more than 0.", minimum=0, maximum=1
         ),
     )
-    output_format: ImageFormat = field(
-        default=ImageFormat.PNG, metadata=_parameter(Kind.TEXT, "png, jpeg or webp.")
-    )
+    output_format: ImageFormat = field(default=ImageFormat.PNG, metadata=_parameter(Kind.TEXT, "png, jpeg or webp."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +158,11 @@ def parse_parameter(name: str, value: object) -> object:
     parameter = PARAMETERS[name]
     if parameter.kind is Kind.TEXT:
         if not isinstance(value, str):
-            raise InvalidRequest(f"{name} must be text, not {_describe(value)}.")
+            raise InvalidRequest(f"{name} must be text, not {describe(value)}.")
         return _image_format(value) if name == "output_format" else value
     if parameter.kind is Kind.PAIR:
         if not isinstance(value, list | tuple) or len(value) != 2:
-            raise InvalidRequest(f"{name} must be two whole numbers, not {_describe(value)}.")
+            raise InvalidRequest(f"{name} must be two whole numbers, not {describe(value)}.")
         return _integer(parameter, value[0]), _integer(parameter, value[1])
     return _integer(parameter, value) if parameter.kind is Kind.INTEGER else _number(parameter, value)
 
@@ -173,7 +171,7 @@ def _integer(parameter: Parameter, value: object) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidRequest(f"{parameter.name} must be a whole number, not {_describe(value)}.")
+        raise InvalidRequest(f"{parameter.name} must be a whole number, not {describe(value)}.")
     _check_bounds(parameter, value)
     return value
 
@@ -181,16 +179,16 @@ def _integer(parameter: Parameter, value: object) -> int:
 def _number(parameter: Parameter, value: object) -> float:
     # An integer can be too large for isfinite().
     if not isinstance(value, int | float) or isinstance(value, bool) or not -math.inf < value < math.inf:
-        raise InvalidRequest(f"{parameter.name} must be a finite number, not {_describe(value)}.")
+        raise InvalidRequest(f"{parameter.name} must be a finite number, not {describe(value)}.")
     _check_bounds(parameter, value)
     return float(value)
 
 
 def _check_bounds(parameter: Parameter, value: float) -> None:
     if parameter.minimum is not None and value < parameter.minimum:
-        raise InvalidRequest(f"{parameter.name} must be at least {parameter.minimum}, not {_describe(value)}.")
+        raise InvalidRequest(f"{parameter.name} must be at least {parameter.minimum}, not {describe(value)}.")
     if parameter.maximum is not None and value > parameter.maximum:
-        raise InvalidRequest(f"{parameter.name} must be at most {parameter.maximum}, not {_describe(value)}.")
+        raise InvalidRequest(f"{parameter.name} must be at most {parameter.maximum}, not {describe(value)}.")
 
 
 def _image_format(value: str) -> ImageFormat:
@@ -199,10 +197,10 @@ def _image_format(value: str) -> ImageFormat:
         return ImageFormat("jpeg" if name == "jpg" else name)
     except ValueError:
         known = ", ".join(ImageFormat)
-        raise InvalidRequest(f"output_format must be one of {known}, not {_describe(value)}.") from None
+        raise InvalidRequest(f"output_format must be one of {known}, not {describe(value)}.") from None
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     """`value` as it can stand in a sentence, however long it is."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
         return "a number with more than 30 digits"
@@ -227,12 +225,12 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
         if request.num_inference_steps is not None and request.num_inference_steps > limits.max_steps:
             raise InvalidRequest(
                 f"num_inference_steps must be at most {limits.max_steps}, not "
-                f"{_describe(request.num_inference_steps)} (the server's setting max_steps)."
+                f"{describe(request.num_inference_steps)} (the server's setting max_steps)."
             )
         for name in ("height", "width"):
             if (getattr(request, name) or 1) > limits.max_side:
                 raise InvalidRequest(
-                    f"{name} must be at most {limits.max_side}, not {_describe(getattr(request, name))} "
+                    f"{name} must be at most {limits.max_side}, not {describe(getattr(request, name))} "
                     "(the server's setting max_side)."
                 )
         if (request.height or 1) * (request.width or 1) > limits.max_pixels:
@@ -250,9 +248,9 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where something similar is known, else nothing."""
+    """`` (did you mean 'x'?)`` where something similar is known, else nothing."""
     matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 # --- What comes out --------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import FrameType
@@ -18,13 +21,14 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from app.api import documentation, edge, oip
-from app.engine.batcher import Batcher
+from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
-from app.engine.repository import Model, Repository
-from app.errors import InvalidSettings, StartupError
+from app.engine.repository import Model, Repository, State
+from app.errors import InvalidSettings, RuntimeFault, StartupError
+from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
 from app.settings import Settings, load_settings
-from app.telemetry import METRICS_CONTENT_TYPE, Telemetry, configure_logging
+from app.telemetry import METRICS_CONTENT_TYPE, AccessLog, Telemetry, configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +58,18 @@ def create_app(
         embed_metadata=settings.embed_metadata,
         warm_up=settings.warm_up,
     )
-    model = Model(
-        settings.model_name, MODEL_VERSION, batcher, settings.limits, settings.request_timeout
-    )
+    model = Model(settings.model_name, MODEL_VERSION, batcher, settings.limits, settings.request_timeout)
     repository = Repository([model])
 
     def loaded(future: Any) -> None:
         error = future.exception()
+        if model.state is State.STOPPING:
+            return
         if error is None:
             telemetry.ready.set(1)
             telemetry.load_seconds.set(time.monotonic() - started)
             logger.info("model %s is ready after %.1f seconds", model.name, time.monotonic() - started)
+            _warn_of_small_limits(model)
         elif on_failure is not None:
             on_failure(error)
 
@@ -97,8 +102,16 @@ def create_app(
         return Response(telemetry.exposition(), headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     api_key = settings.api_key.get_secret_value() if settings.api_key else None
-    app.add_middleware(edge.Edge, api_key=api_key)
+    access_log = AccessLog(settings.access_log_format) if settings.access_log_format else None
+    app.add_middleware(edge.Edge, api_key=api_key, access_log=access_log)
     return app
+
+
+def _warn_of_small_limits(model: Model) -> None:
+    try:
+        model.resolve([GenerateRequest(prompt="")])
+    except RuntimeFault as fault:
+        logger.warning("a request with nothing but a prompt is refused: %s", fault)
 
 
 def _load_family(settings: Settings) -> Family[Any]:
@@ -126,11 +139,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         configure_logging(settings)
+        server, failures = _make_server(settings)
         listener = _listen(settings)
     except InvalidSettings as error:
         print(f"sdxl-runtime: {error}", file=sys.stderr)
         return 2
-    return _serve(settings, listener)
+    code = _serve(settings, server, listener, failures)
+    if any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
+        # Stopped while loading: torch cannot be interrupted, and it may crash an interpreter that ends around it.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -141,12 +160,14 @@ def _listen(settings: Settings) -> socket.socket:
             backlog=2048,
         )
     except OSError as error:
+        where = f"{settings.host} port {settings.http_port}"
         raise InvalidSettings(
-            f"Cannot listen on {settings.host} port {settings.http_port} ({error.strerror}); choose another --http_port."
+            f"Cannot listen on {where} ({os.strerror(error.errno or 0)}); choose another --http_port."
         ) from None
 
 
-def _serve(settings: Settings, listener: socket.socket) -> int:
+def _make_server(settings: Settings) -> tuple[uvicorn.Server, list[BaseException]]:
+    """The HTTP server, and a list that receives the reason when the model cannot be loaded; the server stops then."""
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
@@ -156,30 +177,36 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings, on_failure=stop),
+            http=functools.partial(edge.Connection, header_timeout=settings.body_timeout),  # type: ignore[arg-type]
+            ws="none",
             log_config=None,
-            access_log=settings.access_log_format is not None,
+            access_log=False,
             loop=settings.event_loop,
             server_header=False,
             timeout_keep_alive=settings.timeout_keep_alive,
             timeout_graceful_shutdown=max(1, round(settings.grace_period)),
         )
     )
+    return server, failures
+
+
+def _serve(
+    settings: Settings, server: uvicorn.Server, listener: socket.socket, failures: Sequence[BaseException]
+) -> int:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    # Until uvicorn runs, and when it raises the signal again afterwards: a shutdown that was asked for is a success.
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     for name in settings.ignored():
         logger.info("the setting %s is accepted for KServe's sake and does nothing here", name)
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading model %s", host, port, settings.model_name)
-    # uvicorn raises the signal again once it has shut down; a shutdown that was asked for is a success.
-    signal.signal(signal.SIGTERM, _ignore)
-    signal.signal(signal.SIGINT, _ignore)
     server.run(sockets=[listener])
-    if failures:
-        error = failures[0]
-        if not isinstance(error, StartupError):
-            logger.critical("the model could not be loaded", exc_info=error)
-        print(f"sdxl-runtime: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _ignore(_signal: int, _frame: FrameType | None) -> None:
-    return None
+    if not failures:
+        return 0
+    if not isinstance(failures[0], StartupError):
+        logger.critical("the model could not be loaded", exc_info=failures[0])
+    print(f"sdxl-runtime: {failures[0]}", file=sys.stderr)
+    return 1

@@ -32,7 +32,7 @@ class Settings(BaseModel):
     model_id: str = Field(
         "/mnt/models",
         min_length=1,
-        description="Folder of the model in diffusers' layout, or 'demo' for the small model that ships with the server.",
+        description="Folder of the model in diffusers' layout, or 'demo' for the small model that comes along.",
     )
     model_type: Literal["auto", "sdxl"] = Field(
         "auto", description="Family of the model; 'auto' reads it from the folder's model_index.json."
@@ -55,7 +55,9 @@ class Settings(BaseModel):
     )
     max_prompt_length: int = Field(10_000, ge=1, description="Most characters of one prompt.")
     max_body_size: int = Field(33_554_432, ge=1024, description="Most bytes of a request body, also once unpacked.")
-    body_timeout: float = Field(30.0, gt=0, description="Seconds within which a request body must have arrived.")
+    body_timeout: float = Field(
+        30.0, gt=0, description="Seconds for the headers, and again for the body, of a request to arrive."
+    )
     request_timeout: float = Field(
         600.0, gt=0, description="Seconds from acceptance within which a request must be done, or it is given up."
     )
@@ -86,7 +88,7 @@ class Settings(BaseModel):
     )
     configure_logging: bool = Field(True, description="Set up logging at all; false leaves it to the environment.")
     access_log_format: str | None = Field(
-        None, description="Format of the access log, with asgi-logger's placeholders; no access log unless given."
+        None, description="Format of the access log, such as '%(h)s %(r)s %(s)s %(L)s'; no access log unless given."
     )
 
     # KServe's other model server flags, accepted so that existing manifests start; the log says that they do nothing.

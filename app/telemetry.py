@@ -9,16 +9,20 @@ import contextvars
 import json
 import logging
 import logging.config
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from app.errors import InvalidSettings
 from app.settings import Settings
 
+access_logger = logging.getLogger("app.access")
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 180, 300, 600)
@@ -103,11 +107,11 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False, default=str)
+        return json.dumps(entry, default=str)
 
 
 class _TextFormatter(logging.Formatter):
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
@@ -125,7 +129,11 @@ def configure_logging(settings: Settings) -> None:
     if not settings.configure_logging:
         return
     if settings.log_config_file is not None:
-        logging.config.dictConfig(_read_log_config(settings.log_config_file))
+        config = _read_log_config(settings.log_config_file)
+        try:
+            logging.config.dictConfig(config)
+        except (ValueError, TypeError, AttributeError, ImportError) as error:
+            raise InvalidSettings(f"log_config_file {settings.log_config_file} cannot be used: {error}.") from None
         return
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RequestIdFilter())
@@ -142,19 +150,56 @@ def configure_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _read_log_config(path: Path) -> dict[str, Any]:
-    from app.errors import InvalidSettings
+class AccessLog:
+    """One line for every request, in the format that KServe's servers take.
 
+    Args:
+        line_format: with placeholders such as ``%(h)s`` (client), ``%(r)s`` (request line), ``%(m)s`` (method),
+            ``%(U)s`` (path), ``%(H)s`` (protocol), ``%(s)s`` (status), ``%(b)s`` (bytes answered), ``%(t)s`` (time),
+            ``%(L)s`` (seconds), ``%(M)s`` (milliseconds), ``%(D)s`` (microseconds), ``%(p)s`` (process id).
+
+    Raises:
+        InvalidSettings: a placeholder that is not known, or no format at all.
+    """
+
+    def __init__(self, line_format: str) -> None:
+        self._format = line_format
+        try:
+            self._line("", "", "", "", 0, 0, 0.0)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InvalidSettings(f"access_log_format {line_format!r} cannot be used: {error!r}.") from None
+
+    def log(self, client: str, method: str, path: str, protocol: str, status: int, size: int, seconds: float) -> None:
+        access_logger.info("%s", self._line(client, method, path, protocol, status, size, seconds))
+
+    def _line(self, client: str, method: str, path: str, protocol: str, status: int, size: int, seconds: float) -> str:
+        return self._format % {
+            "h": client,
+            "l": "-",
+            "u": "-",
+            "r": f"{method} {path} {protocol}",
+            "m": method,
+            "U": path,
+            "H": protocol,
+            "s": status,
+            "b": size,
+            "B": size,
+            "t": time.strftime("[%d/%b/%Y:%H:%M:%S +0000]", time.gmtime()),
+            "L": f"{seconds:.6f}",
+            "T": int(seconds),
+            "M": int(seconds * 1e3),
+            "D": int(seconds * 1e6),
+            "p": os.getpid(),
+        }
+
+
+def _read_log_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            config = yaml.safe_load(text)
-        else:
-            config = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise InvalidSettings(f"log_config_file {path} cannot be read: {error}.") from None
+        config = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidSettings(f"log_config_file {path} cannot be read: {reason}.") from None
     if not isinstance(config, dict):
         raise InvalidSettings(f"log_config_file {path} holds no logging configuration.")
     return config

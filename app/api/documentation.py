@@ -41,7 +41,7 @@ TAGS = [
 _ERRORS = {
     400: (
         "The request cannot be served as it is.",
-        "There is no parameter 'num_steps'; did you mean 'num_inference_steps'?",
+        "There is no parameter 'num_steps' (did you mean 'num_inference_steps'?).",
     ),
     401: ("The key is missing or wrong.", "Send the server's key as 'Authorization: Bearer KEY'."),
     404: ("No such model, or not in that version.", "The model sdxl has no version '2'; it has 1."),
@@ -225,12 +225,13 @@ def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> d
 
 def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:
     """Add to one operation what FastAPI cannot know, and drop what it gets wrong."""
-    names = {"model_name": settings.model_name, "model_version": oip.MODEL_VERSION}
-    # A handler that serves two paths has a parameter that one of them lacks.
-    parameters = [parameter for parameter in operation.pop("parameters", ()) if parameter["in"] == "path"]
-    for parameter in parameters:
-        name = names[parameter["name"]]
-        parameter["schema"] = {"type": "string", "enum": [name], "default": name}
+    served = {"model_name": settings.model_name, "model_version": oip.MODEL_VERSION}
+    # Handlers read these from the path themselves: one handler serves the paths with and without a version.
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "enum": [only], "default": only}}
+        for name, only in served.items()
+        if f"{{{name}}}" in path
+    ]
     if parameters:
         operation["parameters"] = parameters
 

@@ -11,23 +11,26 @@ import json
 import logging
 import math
 import re
+import time
 import uuid
 import zlib
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app import errors
 from app.engine.batcher import Ticket
 from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
 from app.generation import Generation
 from app.settings import Settings
-from app.telemetry import request_id
+from app.telemetry import AccessLog, request_id
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +104,9 @@ def install_error_handlers(app: FastAPI) -> None:
         place = ".".join(str(part) for part in detail["loc"])
         return error_response(InvalidRequest(f"{place}: {detail['msg']}."))
 
-    async def last_handler(_: Request, error: Exception) -> Response:
-        del error  # uvicorn logs it with its traceback
-        return json_response({"error": "Something unforeseen went wrong; the server's log says more."}, 500)
-
     app.add_exception_handler(RuntimeFault, fault_handler)
     app.add_exception_handler(HTTPException, http_handler)
     app.add_exception_handler(RequestValidationError, validation_handler)
-    app.add_exception_handler(Exception, last_handler)
 
 
 def _shorten(text: str) -> str:
@@ -121,8 +119,9 @@ def _shorten(text: str) -> str:
 class Edge:
     """ASGI middleware: gives each request an id, checks its key, and reads ``/path/`` as ``/path``."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, access_log: AccessLog | None) -> None:
         self._app = app
+        self._access_log = access_log
         self._api_key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,16 +138,35 @@ class Edge:
             path = path.rstrip("/") or "/"
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}
 
+        started = time.monotonic()
+        status = size = 0
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status, size
+            size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier.encode())]
             await send(message)
 
-        if self._api_key is not None and path not in OPEN_PATHS and not self._authorized(headers):
-            fault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
+        try:
+            if self._api_key is None or path in OPEN_PATHS or self._authorized(headers):
+                await self._app(scope, receive, send_with_id)
+            else:
+                fault: RuntimeFault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
+                await error_response(fault)(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("a request failed for a reason that nobody foresaw")
+            if status:
+                raise  # half an answer is out; uvicorn breaks the connection
+            fault = RuntimeFault("Something unforeseen went wrong; the server's log says more.")
             await error_response(fault)(scope, receive, send_with_id)
-            return
-        await self._app(scope, receive, send_with_id)
+        finally:
+            if self._access_log is not None:
+                client = (scope.get("client") or ("-",))[0]
+                protocol = f"HTTP/{scope['http_version']}"
+                seconds = time.monotonic() - started
+                self._access_log.log(client, scope["method"], quote(path), protocol, status, size, seconds)
 
     def _authorized(self, headers: Mapping[bytes, bytes]) -> bool:
         assert self._api_key is not None
@@ -173,7 +191,9 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     too_large = BodyTooLarge(f"The body has more than {limit} bytes (the server's setting max_body_size).")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-        raise UnsupportedEncoding(f"The content encoding {_shorten(encoding)!r} is not spoken here; use gzip or deflate.")
+        raise UnsupportedEncoding(
+            f"The content encoding {_shorten(encoding)!r} is not spoken here; use gzip or deflate."
+        )
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise too_large
@@ -215,6 +235,45 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
     return unpacked
 
 
+class Connection(H11Protocol):
+    """uvicorn's connection, closed when a request's headers do not arrive in time.
+
+    uvicorn itself waits forever for the rest of a line. This parser, unlike httptools, bounds the headers' size.
+
+    Args:
+        header_timeout: seconds from connecting, or from a request's first byte, to the end of its headers.
+        uvicorn: what uvicorn gives its connections.
+    """
+
+    def __init__(self, *, header_timeout: float, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._header_timeout = header_timeout
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()  # the headers are here
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._header_timeout, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 # --- Waiting ---------------------------------------------------------------------------------------------------
 
 
@@ -224,12 +283,13 @@ async def wait_for(ticket: Ticket, request: Request) -> Generation:
     Raises:
         GenerationFailed: as the ticket ends.
     """
-    done = asyncio.wrap_future(ticket.future)
+    done: asyncio.Future[Generation] = asyncio.wrap_future(ticket.future)
     # Nobody may be left to look at the outcome; that is no reason for a warning about it.
     done.add_done_callback(lambda future: future.cancelled() or future.exception())
     gone = asyncio.ensure_future(_hung_up(request))
     try:
-        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        waited: list[asyncio.Future[Any]] = [done, gone]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
             raise Cancelled("The client closed the connection.")
         return done.result()

@@ -9,7 +9,7 @@ import time
 from fastapi import APIRouter, Request, Response
 
 from app.api import documentation, edge
-from app.engine.repository import Repository, State
+from app.engine.repository import Model, Repository, State
 from app.errors import RuntimeFault
 from app.generation import Generation
 from app.protocol import oip
@@ -84,8 +84,8 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         tags=["Model"],
         **documentation.answers(oip.ModelMetadata, not_found=True),
     )
-    async def model_metadata(model_name: str, model_version: str | None = None) -> Response:
-        model = repository.get(model_name, model_version)
+    async def model_metadata(request: Request) -> Response:
+        model = _find(repository, request)
         return edge.json_response(oip.model_metadata(model.name).model_dump())
 
     @routes.get(
@@ -102,8 +102,8 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         tags=["Model"],
         **documentation.answers(documentation.ModelReady, not_found=True),
     )
-    async def model_ready(model_name: str, model_version: str | None = None) -> Response:
-        model = repository.get(model_name, model_version)
+    async def model_ready(request: Request) -> Response:
+        model = _find(repository, request)
         if model.state is State.READY:
             return edge.json_response({"name": model.name, "ready": True})
         sentence = f"The model {model.name} is {model.state}."
@@ -123,13 +123,15 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         tags=["Pictures"],
         **documentation.infer(settings),
     )
-    async def infer(request: Request, model_name: str, model_version: str | None = None) -> Response:
+    async def infer(request: Request) -> Response:
         started = time.monotonic()
         accepted = False
+        name = "-"  # in the log, only what the server itself is called
         generation: Generation | None = None
         status = 200
         try:
-            model = repository.get(model_name, model_version)
+            model = _find(repository, request)
+            name = model.name
             model.require_ready()
             body = await edge.read_body(request, settings)
             header = request.headers.get(JSON_LENGTH)
@@ -137,16 +139,17 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
                 call = oip.parse_infer(body, header)
             else:
                 call = await asyncio.to_thread(oip.parse_infer, body, header)
-            ticket = model.submit(call.requests, call.timeout)
+            requests = model.resolve(call.requests)
+            oip.check_pixels(call, requests)
+            ticket = model.submit(requests, call.timeout)
             accepted = True
             submitted = time.monotonic()
             telemetry.preprocess.observe(submitted - started)
             generation = await edge.wait_for(ticket, request)
             finished = time.monotonic()
             telemetry.predict.observe(finished - submitted)
-            answer, json_length = await asyncio.to_thread(
-                oip.write_infer, call, generation, model.name, model_version
-            )
+            version = request.path_params.get("model_version")
+            answer, json_length = await asyncio.to_thread(oip.write_infer, call, generation, name, version)
             telemetry.postprocess.observe(time.monotonic() - finished)
         except RuntimeFault as fault:
             status = edge.HTTP_STATUS[fault.code]
@@ -158,13 +161,18 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
             raise
         finally:
             if settings.enable_latency_logging:
-                _log_latency(model_name if model_name in repository else "-", status, started, generation)
+                _log_latency(name, status, started, generation)
         if json_length is None:
             return Response(answer, media_type="application/json")
         headers = {JSON_LENGTH: str(json_length)}
         return Response(answer, headers=headers, media_type="application/octet-stream")
 
     return routes
+
+
+def _find(repository: Repository, request: Request) -> Model:
+    """The model that the path names, in the version that it names, if any."""
+    return repository.get(request.path_params["model_name"], request.path_params.get("model_version"))
 
 
 def _log_latency(model_name: str, status: int, started: float, generation: Generation | None) -> None:

@@ -145,7 +145,9 @@ def judge(picture: Image.Image) -> Verdict:
     palette = np.array([COLOURS[name] for name in names], dtype=np.float32)
     nearest = np.linalg.norm(pixels[:, :, None, :] - palette, axis=-1).argmin(axis=-1)
 
-    border = np.concatenate([nearest[:4].ravel(), nearest[-4:].ravel(), nearest[:, :4].ravel(), nearest[:, -4:].ravel()])
+    border = np.concatenate(
+        [nearest[:4].ravel(), nearest[-4:].ravel(), nearest[:, :4].ravel(), nearest[:, -4:].ravel()]
+    )
     background = int(np.bincount(border, minlength=len(names)).argmax())
 
     # Closer to the figure's colour than to the background's: halfway between the two, as anti-aliasing has it.

@@ -7,12 +7,13 @@ Seeded, on two CPU cores in about an hour and a half. The result is a folder in 
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from tokenizers import models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BpeTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -43,7 +44,10 @@ Flat pictures are mostly mean colour, and a mean over all latents outshines nois
 1 the UNet would read colours off the noisiest latents and not from the caption, and at the start of a generation, where
 there is nothing but noise, it would find grey.
 """
-LOOSE_WORDS = "photo picture drawing image of the with in front and big tiny shape colour plain".split()
+LOOSE_WORDS = (
+    *("photo", "picture", "drawing", "image", "of", "the", "with", "in", "front", "and"),
+    *("big", "tiny", "shape", "colour", "plain"),
+)
 
 # --- Vocabulary ------------------------------------------------------------------------------------------------
 
@@ -59,7 +63,9 @@ def make_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
     bpe = BpeTokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False))
+    bpe.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=10_000, end_of_word_suffix="</w>", show_progress=False)
+    )
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
 
     # CLIP's own order: 256 byte letters, the same at the end of a word, the merges, the two special tokens.
@@ -157,20 +163,17 @@ def caption(drawing: Drawing, rng: random.Random) -> str:
         words += [drawing.background, rng.choice(("background", ""))]
     if rng.random() < 0.5:
         stray = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 6)))
-        words = [rng.choice((*LOOSE_WORDS, stray)), rng.choice(("of", "a", ""))] + words
+        words = [rng.choice((*LOOSE_WORDS, stray)), rng.choice(("of", "a", "")), *words]
     return " ".join(filter(None, words))
 
 
-def one_cycle(
-    optimizer: torch.optim.Optimizer, peak: float, steps: int
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.08)
+M = TypeVar("M", bound=torch.nn.Module)
 
 
-class Average:
+class Average(Generic[M]):
     """An exponential average of a module's weights, which paints better than the last step's weights do."""
 
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+    def __init__(self, module: M, decay: float) -> None:
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         self.decay = decay
 
@@ -180,35 +183,85 @@ class Average:
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
+def fit(
+    module: M,
+    loss_of_batch: Callable[[], torch.Tensor],
+    *,
+    name: str,
+    steps: int,
+    peak: float,
+    average: float,
+    weight_decay: float = 0.0,
+    after: Callable[[int, M], None] | None = None,
+) -> M:
+    """Minimise a loss over a one-cycle schedule.
+
+    Args:
+        module: what of it requires gradients is trained.
+        loss_of_batch: draws a batch and says how wrong `module` is about it.
+        name: beside the progress bar.
+        steps: batches.
+        peak: largest learning rate.
+        average: decay of the average of the weights.
+        weight_decay: as AdamW's.
+        after: hears of every step and the average so far.
+
+    Returns:
+        The average of the weights.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.08)
+    best = Average(module, average)
+    losses: collections.deque[float] = collections.deque(maxlen=200)
+    for step in (bar := tqdm(range(steps), desc=name)):
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        best.update(module, step)
+        losses.append(loss.item())
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+        if after is not None:
+            after(step, best.module)
+    return best.module
+
+
 # --- The autoencoder -------------------------------------------------------------------------------------------
 
 
+def random_pictures(rng: random.Random) -> torch.Tensor:
+    """Eight pictures of one size, ``[8, 3, h, w]``."""
+    height, width = (PICTURE_SIZE, PICTURE_SIZE) if rng.random() < 6 / 7 else rng.choice(OTHER_SIZES)
+    return to_tensor([draw(random_drawing(rng), width, height, rng) for _ in range(8)])
+
+
+def difference(painted: torch.Tensor, wanted: torch.Tensor, edges: float) -> torch.Tensor:
+    """L1 + L2 on pixels, and L1 on the differences between neighbours, which keeps edges sharp."""
+    along_edges = sum((F.l1_loss(painted.diff(dim=d), wanted.diff(dim=d)) for d in (2, 3)), torch.zeros(()))
+    loss: torch.Tensor = F.l1_loss(painted, wanted) + F.mse_loss(painted, wanted) + edges * along_edges
+    return loss
+
+
 def train_vae(steps: int, seed: int) -> AutoencoderKL:
-    """L1 + L2 on pixels and on their differences (which keeps edges sharp) and a little KL."""
+    """An autoencoder from scratch, with a little KL."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     vae = make_vae().train()
-    average = Average(vae, 0.995)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    schedule = one_cycle(optimizer, 2e-3, steps)
-    for step in (bar := tqdm(range(steps), desc="autoencoder")):
-        height, width = (PICTURE_SIZE, PICTURE_SIZE) if rng.random() < 6 / 7 else rng.choice(OTHER_SIZES)
-        x = to_tensor([draw(random_drawing(rng), width, height, rng) for _ in range(8)])
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+
+    def loss_of_batch() -> torch.Tensor:
+        pictures = random_pictures(rng)
+        posterior = vae.encode(pictures).latent_dist
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).mean()
-        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges + 3e-4 * kl
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update(vae, step)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    normalise_latents(average.module, random.Random(seed + 1))
-    return average.module
+        loss: torch.Tensor = difference(vae.decode(posterior.sample()).sample, pictures, edges=0.5) + 3e-4 * kl
+        return loss
+
+    vae = fit(vae, loss_of_batch, name="autoencoder", steps=steps, peak=2e-3, average=0.995)
+    normalise_latents(vae, random.Random(seed + 1))
+    return vae
 
 
 def sharpen(vae: AutoencoderKL, steps: int, seed: int) -> AutoencoderKL:
@@ -218,28 +271,15 @@ def sharpen(vae: AutoencoderKL, steps: int, seed: int) -> AutoencoderKL:
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    vae.eval().requires_grad_(False)
-    vae.decoder.requires_grad_(True).train()
-    average = Average(vae, 0.995)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1.5e-3, weight_decay=0.0)
-    schedule = one_cycle(optimizer, 1.5e-3, steps)
-    for step in (bar := tqdm(range(steps), desc="decoder")):
-        height, width = (PICTURE_SIZE, PICTURE_SIZE) if rng.random() < 6 / 7 else rng.choice(OTHER_SIZES)
-        x = to_tensor([draw(random_drawing(rng), width, height, rng) for _ in range(8)])
-        with torch.no_grad():
-            latents = vae.encode(x).latent_dist.mean
-        y = vae.decode(latents + 0.08 * torch.randn_like(latents)).sample
-        edges = sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
-        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + edges
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update(vae, step)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    return average.module
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+
+    def loss_of_batch() -> torch.Tensor:
+        pictures = random_pictures(rng)
+        latents = vae.encode(pictures).latent_dist.mean
+        return difference(vae.decode(latents + 0.08 * torch.randn_like(latents)).sample, pictures, edges=1.0)
+
+    return fit(vae, loss_of_batch, name="decoder", steps=steps, peak=1.5e-3, average=0.995)
 
 
 @torch.no_grad()
@@ -249,7 +289,7 @@ def normalise_latents(vae: AutoencoderKL, rng: random.Random) -> None:
     Afterwards each latent channel has mean 0 and deviation 1, before `LATENT_SCALE`.
     """
     x = to_tensor([draw(random_drawing(rng), PICTURE_SIZE, PICTURE_SIZE, rng) for _ in range(256)])
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in torch.tensor_split(x, 8)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     quant, post_quant = vae.quant_conv, vae.post_quant_conv
     post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
@@ -328,27 +368,22 @@ def train_base(vae: AutoencoderKL, folder: Path, steps: int, seed: int, native: 
     )
     data = Latents(vae, native, native // 12, seed)
     model = Base(tokenizers)
-    average = Average(model, 0.9990)
     noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=1e-3)
-    schedule = one_cycle(optimizer, 1.5e-3, steps)
 
-    def pipeline() -> StableDiffusionXLPipeline:
-        best = average.module
+    def pipeline(model: Base) -> StableDiffusionXLPipeline:
         return StableDiffusionXLPipeline(
             vae=vae,
-            text_encoder=best.text_encoder,
-            text_encoder_2=best.text_encoder_2,
+            text_encoder=model.text_encoder,
+            text_encoder_2=model.text_encoder_2,
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
-            unet=best.unet,
+            unet=model.unet,
             scheduler=make_scheduler(),
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,
         )
 
-    losses = []
-    for step in (bar := tqdm(range(steps), desc="base")):
+    def loss_of_batch() -> torch.Tensor:
         (height, width), latents, drawings = data.batch(48, rng)
         embeddings, pooled = model.encode([caption(drawing, rng) for drawing in drawings])
         kept = torch.tensor([rng.random() > 0.07 for _ in drawings]).float()
@@ -359,20 +394,24 @@ def train_base(vae: AutoencoderKL, folder: Path, steps: int, seed: int, native: 
         predicted = model.unet(
             noisy, timesteps, embeddings * kept[:, None, None], added_cond_kwargs=conditions, return_dict=False
         )[0]
-        loss = F.mse_loss(predicted, noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update(model, step)
-        losses.append(loss.item())
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{sum(losses[-200:]) / len(losses[-200:]):.4f}")
+        loss: torch.Tensor = F.mse_loss(predicted, noise)
+        return loss
+
+    def now_and_then(step: int, best: Base) -> None:
         if step and step % 1500 == 0:
-            save(pipeline(), folder)
-            tqdm.write(f"step {step}: {look(pipeline(), folder.parent / f'{folder.name}-grid.png', 24)}")
-    return pipeline()
+            tqdm.write(f"step {step}: {look(pipeline(best), folder.parent / f'{folder.name}-grid.png', 24)}")
+
+    best = fit(
+        model,
+        loss_of_batch,
+        name="base",
+        steps=steps,
+        peak=1.5e-3,
+        average=0.999,
+        weight_decay=1e-3,
+        after=now_and_then,
+    )
+    return pipeline(best)
 
 
 # --- Looking and saving ----------------------------------------------------------------------------------------
@@ -419,7 +458,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the model folders")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("vae", "base", "sharpen"), help="one stage, on what the folder already holds")
+    parser.add_argument(
+        "--only", choices=("vae", "base", "sharpen"), help="one stage, on what the folder already holds"
+    )
     parser.add_argument("--vae_steps", type=int, default=2600)
     parser.add_argument("--sharpen_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=7000)

@@ -23,6 +23,7 @@ from app.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Progress], None]
+DEVICE_THREAD = "device"
 
 
 class Ticket:
@@ -50,7 +51,7 @@ class Ticket:
         self._fault: RuntimeFault | None = None
         self._wake: Callable[[], None] = lambda: None
         self.warnings: dict[str, None] = {}
-        self.seconds: collections.Counter[str] = collections.Counter()
+        self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
 
     def cancel(self) -> None:
         """Take no further step for this request. Does nothing when it is over already."""
@@ -158,7 +159,7 @@ class Batcher:
         self._running: list[Image] = []  # the device thread's own
 
         self._encoders = concurrent.futures.ThreadPoolExecutor(encode_threads, thread_name_prefix="encode")
-        self._thread = threading.Thread(target=self._main, name="device", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=DEVICE_THREAD, daemon=True)
 
     # --- What callers use --------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class Batcher:
             self._condition.wait_for(lambda: not self._open_tickets or not self.alive, grace)
             for ticket in self._open_tickets:
                 ticket.cancel()
-        if self._thread.ident is not None:
+        if self.ready.done():  # a thread that still loads cannot be told to stop
             self._thread.join(max(5.0, deadline - time.monotonic()))
         self._encoders.shutdown(wait=False, cancel_futures=True)
 
@@ -407,4 +408,6 @@ def _as_fault(error: Exception) -> RuntimeFault:
     if isinstance(error, RuntimeFault):
         return error
     logger.error("a generation failed", exc_info=error)
-    return GenerationFailed(f"The generation failed inside the model ({type(error).__name__}); the server's log says more.")
+    return GenerationFailed(
+        f"The generation failed inside the model ({type(error).__name__}); the server's log says more."
+    )

@@ -18,6 +18,7 @@ class State(enum.StrEnum):
     LOADING = "loading"
     READY = "ready"
     FAILED = "failed"
+    STOPPING = "shutting down"
 
 
 class Model:
@@ -55,7 +56,9 @@ class Model:
     def state(self) -> State:
         if not self._batcher.ready.done():
             return State.LOADING
-        if self._batcher.ready.exception() is not None or not self._batcher.alive or self._closing:
+        if self._closing:
+            return State.STOPPING
+        if self._batcher.ready.exception() is not None or not self._batcher.alive:
             return State.FAILED
         return State.READY
 
@@ -73,20 +76,15 @@ class Model:
         if self.state is not State.READY:
             raise ModelNotReady(f"The model {self.name} is {self.state}; try again when it is ready.")
 
-    def submit(
-        self, requests: Sequence[GenerateRequest], timeout: float | None = None, listener: Listener | None = None
-    ) -> Ticket:
-        """Accept work: fill in defaults, check limits, draw the seeds that nobody chose, and queue.
+    def resolve(self, requests: Sequence[GenerateRequest]) -> tuple[GenerateRequest, ...]:
+        """Fill in defaults, check limits, and draw the seeds that nobody chose.
 
         Args:
             requests: one for each prompt.
-            timeout: seconds that the caller is willing to wait; the server's own bound holds besides.
-            listener: hears of every step on the device thread.
 
         Raises:
             InvalidRequest: it cannot be served as it is.
             ModelNotReady: still loading.
-            Overloaded: no place in the queue.
         """
         self.require_ready()
         family = self._batcher.ready.result()
@@ -94,12 +92,27 @@ class Model:
         check_limits(requests, self.limits)
         resolved = [family.resolve(request) for request in requests]
         check_limits(resolved, self.limits)
-        seeded = [
+        return tuple(
             request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))
             for request in resolved
-        ]
+        )
+
+    def submit(
+        self, requests: Sequence[GenerateRequest], timeout: float | None = None, listener: Listener | None = None
+    ) -> Ticket:
+        """Accept work.
+
+        Args:
+            requests: resolved.
+            timeout: seconds that the caller is willing to wait; the server's own bound holds besides.
+            listener: hears of every step on the device thread.
+
+        Raises:
+            Overloaded: no place in the queue.
+            ShuttingDown: no more work is taken.
+        """
         bound = self._request_timeout if timeout is None else min(timeout, self._request_timeout)
-        return self._batcher.submit(seeded, bound, listener)
+        return self._batcher.submit(requests, bound, listener)
 
 
 class Repository:
@@ -110,9 +123,6 @@ class Repository:
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._models
 
     def get(self, name: str, version: str | None = None) -> Model:
         """The model of that name, ready or not.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, nearest
+
+logger = logging.getLogger(__name__)
 
 
 def _key(name: str) -> str:
@@ -69,8 +72,10 @@ class Schedulers:
         try:
             scheduler.set_timesteps(request.num_inference_steps, device=device)
         except (ValueError, IndexError, RuntimeError) as error:
+            logger.info("the scheduler %s: %s", request.scheduler, error)
             raise InvalidRequest(
-                f"The scheduler {request.scheduler} cannot do {request.num_inference_steps} steps: {error}."
+                f"The scheduler {request.scheduler} cannot do {request.num_inference_steps} steps; take another number "
+                "of steps or another scheduler."
             ) from None
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)

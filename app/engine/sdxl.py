@@ -6,7 +6,6 @@ Alone, a job gives the picture that the stock pipeline's ``__call__`` gives for 
 from __future__ import annotations
 
 import collections
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from app.engine import schedulers
 from app.engine.family import Family, Job
 from app.errors import InvalidRequest, OutOfMemory
-from app.generation import GenerateRequest, nearest
+from app.generation import GenerateRequest, describe
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,7 +149,7 @@ class SdxlFamily(Family[SdxlJob]):
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         most = self.maxima["clip_skip"]
         if clip_skip is not None and clip_skip > most:
-            raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {clip_skip}.")
+            raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {describe(clip_skip)}.")
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         sentences = []
@@ -243,7 +242,7 @@ class SdxlFamily(Family[SdxlJob]):
         )
 
     def _time_ids(self, request: GenerateRequest, dtype: torch.dtype) -> torch.Tensor:
-        ids = self._pipeline._get_add_time_ids(
+        ids: torch.Tensor = self._pipeline._get_add_time_ids(
             request.original_size,
             request.crops_coords_top_left,
             request.target_size,
@@ -260,7 +259,7 @@ class SdxlFamily(Family[SdxlJob]):
         if dimension is None:
             return None
         scale = torch.tensor([guidance_scale - 1])
-        embedding = self._pipeline.get_guidance_scale_embedding(scale, embedding_dim=dimension)
+        embedding: torch.Tensor = self._pipeline.get_guidance_scale_embedding(scale, embedding_dim=dimension)
         return embedding.to(device=self._device, dtype=dtype)
 
     # --- step --------------------------------------------------------------------------------------------------
@@ -291,15 +290,13 @@ class SdxlFamily(Family[SdxlJob]):
             },
             return_dict=False,
         )[0]
-        noise = dict(zip(map(id, jobs), predicted[len(guided) :].split(1), strict=True))
+        noise = dict(zip(map(id, jobs), predicted[len(guided) :].chunk(len(jobs)), strict=True))
         if guided:
             steered = self._guide(guided, predicted[: len(guided)], torch.cat([noise[id(job)] for job in guided]))
-            noise.update(zip(map(id, guided), steered.split(1), strict=True))
+            noise.update(zip(map(id, guided), steered.chunk(len(guided)), strict=True))
         for job in jobs:
             timestep = job.scheduler_timesteps[job.step_index]
-            stepped = job.scheduler.step(
-                noise[id(job)], timestep, job.latents, **job.step_options, return_dict=False
-            )
+            stepped = job.scheduler.step(noise[id(job)], timestep, job.latents, **job.step_options, return_dict=False)
             job.latents = stepped[0]
             job.step_index += 1
 
@@ -308,13 +305,10 @@ class SdxlFamily(Family[SdxlJob]):
         """Classifier-free guidance with each job's own scale; ``[n, c, h, w]`` in and out."""
         scale = torch.cat([job.guidance for job in jobs]).to(negative.dtype)
         steered = negative + scale * (positive - negative)
-        parts = []
-        for job, one, text in zip(jobs, steered.split(1), positive.split(1), strict=True):
-            if job.rescale is not None:
-                full, (amount, rest) = rescale_noise_cfg(one, text, guidance_rescale=1.0), job.rescale
-                one = amount.to(one.dtype) * full + rest.to(one.dtype) * one
-            parts.append(one)
-        return torch.cat(parts)
+        if not any(job.rescale for job in jobs):
+            return steered
+        parts = zip(jobs, steered.chunk(len(jobs)), positive.chunk(len(jobs)), strict=True)
+        return torch.cat([_rescale(job, one, text) for job, one, text in parts])
 
     # --- decode ------------------------------------------------------------------------------------------------
 
@@ -334,6 +328,14 @@ class SdxlFamily(Family[SdxlJob]):
         image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
         pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()
         return pixels
+
+
+def _rescale(job: SdxlJob, steered: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    if job.rescale is None:
+        return steered
+    full: torch.Tensor = rescale_noise_cfg(steered, positive, guidance_rescale=1.0)
+    amount, rest = (part.to(steered.dtype) for part in job.rescale)
+    return amount * full + rest * steered
 
 
 def _given(value: Any, default: Any) -> Any:

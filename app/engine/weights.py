@@ -101,7 +101,7 @@ def read_model_type(folder: Path) -> str:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadFailed(f"{index} cannot be read: {error!r}.") from None
-    if class_name not in FAMILIES:
+    if not isinstance(class_name, str) or class_name not in FAMILIES:
         raise ModelLoadFailed(f"{index} names the pipeline {class_name}; served are {', '.join(FAMILIES)}.")
     return FAMILIES[class_name]
 

@@ -42,6 +42,8 @@ MAX_NAMES = 256
 """Names in one JSON object; no message needs as many."""
 MAX_ELEMENTS = 8192
 """Elements of one input; refused before work is done for each of them."""
+MAX_JSON_PIXELS = 4_194_304
+"""Numbers of the output ``pixels`` in JSON; writing more would hold up everybody else."""
 
 T = TypeVar("T")
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
@@ -160,11 +162,13 @@ def parse_infer(body: bytes, json_length: str | None) -> InferCall:
     message = _parse_message(body[:length])
     values = _read_inputs(message, memoryview(body)[length:])
     options = _take_parameters(message, values)
-    outputs = _requested_outputs(message, options)
-    requests = _requests(values)
-    if any(output.name == "pixels" for output in outputs) and len({(r.height, r.width) for r in requests}) > 1:
-        raise InvalidRequest("The output pixels needs pictures of one size; leave it out or ask for one size.")
-    return InferCall(message.id, requests, frozenset(values), outputs, _timeout(options))
+    return InferCall(
+        id=message.id,
+        requests=_requests(values),
+        given=frozenset(values),
+        outputs=_requested_outputs(message, options),
+        timeout=_timeout(options),
+    )
 
 
 def _json_length(header: str | None, total: int) -> int:
@@ -277,7 +281,9 @@ def _read_inputs(message: InferenceRequest, tail: memoryview) -> dict[str, list[
                 flat: Sequence[tensors.Value] = tensors.read_json(tensor.data, tensor.datatype, tensor.shape)
             else:
                 if position + size > len(tail):
-                    raise InvalidRequest(f"binary_data_size is {_quote(size)}, but {len(tail) - position} bytes are left.")
+                    raise InvalidRequest(
+                        f"binary_data_size is {_quote(size)}, but {len(tail) - position} bytes are left."
+                    )
                 raw = tail[position : position + size]
                 flat = tensors.read_binary(raw, tensor.datatype, tensor.shape)
                 position += size
@@ -409,6 +415,28 @@ def _shorten(text: str) -> str:
 
 def _quote(value: object) -> str:
     return _shorten(repr(value))
+
+
+def check_pixels(call: InferCall, requests: Sequence[GenerateRequest]) -> None:
+    """Refuse an output ``pixels`` that could not be written.
+
+    Args:
+        call: what was asked.
+        requests: the call's, resolved.
+
+    Raises:
+        InvalidRequest: pictures of several sizes, or more numbers than JSON is good for.
+    """
+    for output in call.outputs:
+        if output.name != "pixels":
+            continue
+        if len({(request.height, request.width) for request in requests}) > 1:
+            raise InvalidRequest("The output pixels needs pictures of one size; leave it out or ask for one size.")
+        numbers = sum(3 * (r.height or 0) * (r.width or 0) * r.num_images_per_prompt for r in requests)
+        if not output.binary and numbers > MAX_JSON_PIXELS:
+            raise InvalidRequest(
+                f"The output pixels would be {numbers} numbers; ask for it as binary data above {MAX_JSON_PIXELS}."
+            )
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------

@@ -82,9 +82,7 @@ def read_json(data: object, datatype: str, shape: Sequence[int]) -> list[Value]:
     if len(values) != count:
         raise InvalidRequest(f"shape {_shown(shape)} needs {count} elements, but data has {len(values)}.")
     check = _check_text if datatype == "BYTES" else _check_number
-    for value in values:
-        check(value, datatype)
-    return values
+    return [check(value, datatype) for value in values]
 
 
 def _flatten(data: list[object], shape: Sequence[int]) -> list[object]:
@@ -102,30 +100,33 @@ def _flatten(data: list[object], shape: Sequence[int]) -> list[object]:
     return flat
 
 
-def _check_text(value: object, datatype: str) -> None:
+def _check_text(value: object, datatype: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"elements of {datatype} data must be text, not {type(value).__name__}.")
+    return value
 
 
-def _check_number(value: object, datatype: str) -> None:
+def _check_number(value: object, datatype: str) -> int | float | bool:
     kind = np.dtype(NUMPY_TYPES[datatype]).kind
     if kind == "b":
         if not isinstance(value, bool):
             raise InvalidRequest("elements of BOOL data must be true or false.")
-        return
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"elements of {datatype} data must be numbers, not {type(value).__name__}.")
-    if kind == "f":
-        limit = float(np.finfo(NUMPY_TYPES[datatype]).max)
-        if not -limit <= value <= limit:
-            raise InvalidRequest(f"an element of the data does not fit {datatype}.")
-        return
-    # To JSON 7 and 7.0 are the same number, and some clients write every number with a decimal point.
-    if isinstance(value, float) and not value.is_integer():
+    if kind != "f" and isinstance(value, float):
         raise InvalidRequest(f"elements of {datatype} data must be whole numbers, not {value!r}.")
-    bounds = np.iinfo(NUMPY_TYPES[datatype])
-    if not bounds.min <= value <= bounds.max:
+    low, high = _bounds(datatype)
+    if not low <= value <= high:
         raise InvalidRequest(f"an element of the data does not fit {datatype}.")
+    return value
+
+
+def _bounds(datatype: str) -> tuple[float, float]:
+    dtype = np.dtype(NUMPY_TYPES[datatype])
+    if dtype.kind == "f":
+        return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+    return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
 
 def read_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> list[Value]:
@@ -145,7 +146,9 @@ def read_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> list[Va
         return list(_read_strings(raw, count))
     dtype = np.dtype(NUMPY_TYPES[datatype])
     if len(raw) != count * dtype.itemsize:
-        raise InvalidRequest(f"{datatype} data of shape {_shown(shape)} needs {count * dtype.itemsize} bytes, got {len(raw)}.")
+        raise InvalidRequest(
+            f"{datatype} data of shape {_shown(shape)} needs {count * dtype.itemsize} bytes, got {len(raw)}."
+        )
     array = np.frombuffer(raw, dtype)
     if datatype == "BF16":
         array = (array.astype("<u4") << 16).view("<f4")
@@ -157,7 +160,7 @@ def read_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> list[Va
 
 def _read_strings(raw: memoryview, count: int) -> list[bytes]:
     """Elements of a ``BYTES`` tensor: each a 4-byte length and that many bytes."""
-    strings = []
+    strings: list[bytes] = []
     position = 0
     for _ in range(count):
         if position + 4 > len(raw):

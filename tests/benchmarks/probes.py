@@ -41,7 +41,9 @@ def main() -> None:
     cuts = statistics.quantiles(seconds, n=100)
     row = " | ".join(f"{1000 * value:.1f}" for value in (cuts[49], cuts[89], cuts[98], max(seconds)))
     table = f"| probes | p50, ms | p90, ms | p99, ms | max, ms |\n|--:|--:|--:|--:|--:|\n| {len(seconds)} | {row} |\n"
-    note = f"{REQUESTS} requests of 50 steps at a time, {ROUNDS} times; the prober shares the server's process and cores."
+    note = (
+        f"{REQUESTS} requests of 50 steps at a time, {ROUNDS} times; the prober shares the server's process and cores."
+    )
     RESULTS.write_text(f"{note}\n\n{table}", encoding="utf-8")
     print(table)
 

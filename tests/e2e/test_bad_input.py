@@ -10,6 +10,7 @@ import base64
 import gzip
 import http.client
 import json
+import re
 import socket
 import struct
 import time
@@ -28,7 +29,7 @@ INFER = "/v2/models/sdxl/infer"
 JSON_LENGTH = "Inference-Header-Content-Length"
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 1, "seed": 7}
 LIMIT = 33_554_432
-PROMPTLY = 5.0
+PROMPTLY = 30.0
 """Seconds; a refusal takes milliseconds, but the machine may be busy with something else."""
 PATIENCE = 300.0
 KEY = "open-sesame-42"
@@ -123,7 +124,7 @@ def check_sentence(content: Any, says: str) -> None:
     assert list(content) == ["error"], content
     sentence = content["error"]
     assert says in sentence
-    assert sentence.endswith((".", "?")) and not sentence.endswith("..")
+    assert re.search(r"(\.\.\.|[^.])[.?]$", sentence), sentence
     assert sentence.isprintable(), sentence
     assert len(sentence) < 500
     for insider in ("Traceback", "pydantic", "Errno", "0x", "operands"):
@@ -246,7 +247,7 @@ class TestMessagesOfTheWrongForm:
                 ("datatype a number", message(prompt(datatype=7)), "inputs[0].datatype must be a valid string"),
                 ("data text", message(prompt(data="a")), "inputs[0].data must be a valid list"),
                 ("data an object", message(prompt(data={"b64": "YQ=="})), "inputs[0].data must be a valid list"),
-                ("unknown field", message(input=[]), "input is not a field of the protocol; did you mean 'inputs'?"),
+                ("unknown field", message(input=[]), "input is not a field of the protocol (did you mean 'inputs'?)"),
                 ("unknown field of an input", message(prompt(dtype="BYTES")), "did you mean 'datatype'?"),
                 ("unknown field like no other", message(zzz=1), "zzz is not a field of the protocol."),
                 ("id a number", message(id=42), "id must be a valid string, not 42."),
@@ -275,6 +276,7 @@ class TestMessagesOfTheWrongForm:
         self, client: httpx.Client, server: Server
     ) -> None:
         before = peak_memory(server)
+        seconds_before = server.metric("process_cpu_seconds_total")
         for content, says in (
             ({"inputs": [1] * 1_000_000}, "inputs[0] must be an object, not 1."),
             (message(outputs=[1] * 1_000_000), "outputs[0] must be an object, not 1."),
@@ -286,6 +288,7 @@ class TestMessagesOfTheWrongForm:
         ):
             refused(infer(client, content), 400, says)
         assert peak_memory(server) - before < 300e6
+        assert server.metric("process_cpu_seconds_total") - seconds_before < 15
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ class TestInputs:
                 (
                     "an unknown one",
                     message(prompt(), tensor("sed", 7)),
-                    "There is no input 'sed'; did you mean 'seed'?",
+                    "There is no input 'sed' (did you mean 'seed'?)",
                 ),
                 ("an unknown one like no other", message(prompt(), tensor("zzz", 7)), "There is no input 'zzz'."),
                 ("the prompt misspelt", message(prompt(name="promt")), "did you mean 'prompt'?"),
@@ -704,7 +707,7 @@ class TestValues:
                 (
                     "an unknown scheduler",
                     {"scheduler": "Eular"},
-                    "There is no scheduler 'Eular'; did you mean 'Euler'?",
+                    "There is no scheduler 'Eular' (did you mean 'Euler'?)",
                 ),
                 ("a scheduler like no other", {"scheduler": "zzz"}, "There is no scheduler 'zzz'; there are Euler,"),
                 ("too few steps for it", {"scheduler": "PNDM"}, "The scheduler PNDM cannot do 1 steps"),
@@ -717,7 +720,7 @@ class TestValues:
                 (
                     "an unknown name",
                     {"guidance": 5},
-                    "There is no parameter 'guidance'; did you mean 'guidance_scale'?",
+                    "There is no parameter 'guidance' (did you mean 'guidance_scale'?)",
                 ),
                 ("steps by a short name", {"steps": 5}, "There is no parameter 'steps'"),
                 ("a name like no other", {"zzz": 5}, "There is no parameter 'zzz'."),
@@ -808,7 +811,7 @@ class TestValues:
                 (
                     "an unknown one",
                     {"outputs": [{"name": "imag"}]},
-                    "There is no output 'imag'; did you mean 'image'?",
+                    "There is no output 'imag' (did you mean 'image'?)",
                 ),
                 ("one twice", {"outputs": [{"name": "image"}, {"name": "image"}]}, "Output image is asked for twice."),
                 (

@@ -218,7 +218,12 @@ async def test_metrics_carry_kserves_names_and_no_label_that_a_caller_chose() ->
 @pytest.mark.parametrize("path", ["/metrics", "/docs", "/openapi.json", "/v2", "/v2/models/m", "/nothing"])
 async def test_without_the_key_everything_but_health_is_401(path: str) -> None:
     async with running(Instant, api_key="sesame") as client:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame"}, {"Host": "/v2/health/live"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic sesame"},
+            {"Host": "/v2/health/live"},
+        ):
             answer = await client.get(path, headers=headers)
             assert answer.status_code == 401 and list(answer.json()) == ["error"]
             assert answer.headers["WWW-Authenticate"] == "Bearer"

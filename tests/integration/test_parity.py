@@ -89,7 +89,11 @@ def test_every_parameter_means_what_it_means_to_the_stock_call(
 def test_defaults_are_the_pipelines_own(family: SdxlFamily) -> None:
     request = family.resolve(GenerateRequest(prompt=PROMPT))
     assert (request.height, request.width, request.num_inference_steps, request.guidance_scale) == (128, 128, 50, 5.0)
-    assert (request.original_size, request.crops_coords_top_left, request.target_size) == ((128, 128), (0, 0), (128, 128))
+    assert (request.original_size, request.crops_coords_top_left, request.target_size) == (
+        (128, 128),
+        (0, 0),
+        (128, 128),
+    )
     assert request.scheduler == "EulerDiscreteScheduler"
 
 
@@ -119,7 +123,9 @@ def test_every_scheduler_paints_or_says_why_not_at_few_steps(family: SdxlFamily,
         assert picture.shape == (128, 128, 3)
 
 
-@pytest.mark.parametrize("name", ["euler", "EulerDiscreteScheduler", "dpm++ 2m karras", "DPM++2M Karras", "dpmpp_2m_karras"])
+@pytest.mark.parametrize(
+    "name", ["euler", "EulerDiscreteScheduler", "dpm++ 2m karras", "DPM++2M Karras", "dpmpp_2m_karras"]
+)
 def test_scheduler_names_are_read_as_people_write_them(family: SdxlFamily, name: str) -> None:
     assert family.resolve(GenerateRequest(prompt="p", scheduler=name)).scheduler in {*NAMES, "EulerDiscreteScheduler"}
 

@@ -92,7 +92,9 @@ def test_a_request_gets_its_pictures_with_seeds_counted_up(harness: Callable[...
 def test_pictures_of_several_prompts_come_in_the_order_of_the_prompts(harness: Callable[..., Harness]) -> None:
     each = harness(Instant(), max_batch_size=2)
     requests = [
-        each.family.resolve(GenerateRequest(prompt=prompt, seed=seed, num_images_per_prompt=2, num_inference_steps=steps))
+        each.family.resolve(
+            GenerateRequest(prompt=prompt, seed=seed, num_images_per_prompt=2, num_inference_steps=steps)
+        )
         for prompt, seed, steps in (("a", 10, 9), ("b", 20, 1), ("c", 30, 5))
     ]
     result = each.batcher.submit(requests, WAIT).future.result(WAIT)
@@ -306,10 +308,12 @@ def test_a_model_that_cannot_be_loaded_says_why() -> None:
 
 def test_four_hundred_requests_with_cancels_all_end_exactly_once(harness: Callable[..., Harness]) -> None:
     each = harness(Instant(), max_queue=1000, max_batch_size=5)
-    tickets = [each.submit(seed=seed, num_inference_steps=1 + seed % 7, width=(16, 32)[seed % 2]) for seed in range(400)]
+    tickets = [
+        each.submit(seed=seed, num_inference_steps=1 + seed % 7, width=(16, 32)[seed % 2]) for seed in range(400)
+    ]
     for ticket in tickets[::3]:
         ticket.cancel()
-    done, pending = concurrent.futures.wait([ticket.future for ticket in tickets], WAIT)
+    _, pending = concurrent.futures.wait([ticket.future for ticket in tickets], WAIT)
     assert not pending
     for seed, ticket in enumerate(tickets):
         error = ticket.future.exception()

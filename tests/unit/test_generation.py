@@ -118,5 +118,5 @@ def test_images_of_all_prompts_count_together() -> None:
 
 
 def test_the_nearest_known_name_is_suggested_only_when_it_is_near() -> None:
-    assert nearest("promt", PARAMETERS) == "; did you mean 'prompt'?"
+    assert nearest("promt", PARAMETERS) == " (did you mean 'prompt'?)"
     assert nearest("zzzz", PARAMETERS) == ""

@@ -40,7 +40,17 @@ def test_every_module_stays_behind_its_wall(path: Path) -> None:
         assert all(name.startswith(("app.protocol", "app.generation", "app.errors")) for name in inside)
         assert not roots(path) & {"os", "time", "asyncio", "threading", "random", "secrets"}
     if path.name in ("errors.py", "generation.py") and path.parent == APP:
-        assert roots(path) <= {"__future__", "app", "collections", "dataclasses", "difflib", "enum", "math", "types", "typing"}
+        assert roots(path) <= {
+            "__future__",
+            "app",
+            "collections",
+            "dataclasses",
+            "difflib",
+            "enum",
+            "math",
+            "types",
+            "typing",
+        }
     if area(path) == "engine":
         assert not any(name.startswith(("app.api", "app.protocol", "app.main")) for name in imports(path))
 

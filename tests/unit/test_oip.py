@@ -23,7 +23,7 @@ from app.generation import (
     Pixels,
     Timings,
 )
-from app.protocol.oip import InferCall, model_metadata, parse_infer, server_metadata, write_infer
+from app.protocol.oip import InferCall, check_pixels, model_metadata, parse_infer, server_metadata, write_infer
 from app.protocol.tensors import write_strings
 
 PROMPT = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}
@@ -128,7 +128,12 @@ def test_binary_inputs_are_read_in_the_order_of_the_tensors() -> None:
     call = binary(
         {
             "inputs": [
-                {"name": "prompt", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(tail) - 8}},
+                {
+                    "name": "prompt",
+                    "shape": [1],
+                    "datatype": "BYTES",
+                    "parameters": {"binary_data_size": len(tail) - 8},
+                },
                 tensor("width", "INT64", [64]),
                 {"name": "seed", "shape": [1], "datatype": "INT64", "parameters": {"binary_data_size": 8}},
             ]
@@ -222,12 +227,6 @@ def test_a_body_that_is_no_request_is_refused_with_a_sentence(raw: bytes, messag
         pytest.param([{**PROMPT, "parameters": {"binary_data_size": 4}}], {}, "exactly one", id="data-and-binary"),
         pytest.param([{k: v for k, v in PROMPT.items() if k != "data"}], {}, "exactly one", id="no-data"),
         pytest.param(
-            [tensor("prompt", "BYTES", ["a", "b"]), tensor("width", "INT64", [64, 128])],
-            {"outputs": [{"name": "pixels"}]},
-            "one size",
-            id="pixels-of-two-sizes",
-        ),
-        pytest.param(
             [tensor("prompt", "BYTES", ["a", "b"]), tensor("output_format", "BYTES", ["png", "webp"])],
             {},
             "the same for all",
@@ -294,6 +293,19 @@ def test_any_json_becomes_a_call_or_a_sentence(document: dict[str, Any]) -> None
         assert str(error).encode()
 
 
+def test_pixels_need_one_size_and_binary_form_when_they_are_many() -> None:
+    small, large = (GenerateRequest(prompt="p", height=side, width=side) for side in (64, 2048))
+    in_json, in_binary = (
+        parse(PROMPT, outputs=[{"name": "pixels", "parameters": {"binary_data": binary}}]) for binary in (False, True)
+    )
+    for call, request in ((in_json, small), (in_binary, large), (parse(PROMPT), large)):
+        check_pixels(call, [request])
+    with pytest.raises(InvalidRequest, match="one size"):
+        check_pixels(in_binary, [small, large])
+    with pytest.raises(InvalidRequest, match="12582912 numbers; ask for it as binary data"):
+        check_pixels(in_json, [large])
+
+
 # --- Writing ---------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +331,12 @@ def test_json_answers_hold_base64_pictures_and_say_what_was_defaulted() -> None:
     parameters = answer["parameters"]
     assert parameters["num_inference_steps"] == 4 and parameters["target_size"] == "[2, 3]"
     assert not {"prompt", "guidance_scale", "seed"} & set(parameters)
-    assert [parameters[f"{stage}_seconds"] for stage in ("queue", "denoise", "decode", "encode")] == [0.1, 0.2, 0.3, 0.4]
+    assert [parameters[f"{stage}_seconds"] for stage in ("queue", "denoise", "decode", "encode")] == [
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+    ]
     assert parameters["content_type"] == "image/png" and parameters["warnings"] == "Mind the gap."
     assert b"null" not in raw
 

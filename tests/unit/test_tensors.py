@@ -29,7 +29,9 @@ def test_binary_strings_come_back_as_they_were_written(strings: list[bytes]) -> 
     assert read_binary(memoryview(write_strings(strings)), "BYTES", [len(strings)]) == strings
 
 
-@given(st.binary(max_size=64), st.sampled_from(sorted(["BYTES", *NUMPY_TYPES])), st.lists(st.integers(-1, 5), max_size=3))
+@given(
+    st.binary(max_size=64), st.sampled_from(sorted(["BYTES", *NUMPY_TYPES])), st.lists(st.integers(-1, 5), max_size=3)
+)
 def test_any_bytes_are_read_or_refused_with_a_sentence(raw: bytes, datatype: str, shape: list[int]) -> None:
     try:
         values = read_binary(memoryview(raw), datatype, shape)

@@ -1,0 +1,76 @@
+"""The README's tables, made from the code: ``python -m tests.readme`` writes them, a test compares them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from app.engine.scheduler_names import NAMES
+from app.generation import PARAMETERS, Kind
+from app.main import create_app
+from app.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    columns = header.split("|")
+    lines = [header, "|".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)
+
+
+def parameters() -> str:
+    datatypes = {Kind.TEXT: "BYTES", Kind.INTEGER: "integer", Kind.NUMBER: "number", Kind.PAIR: "integers, `[2]`"}
+    rows = [[f"`{p.name}`", datatypes[p.kind], p.description] for p in PARAMETERS.values()]
+    return table("name | datatype | meaning", rows)
+
+
+def schedulers() -> str:
+    return ", ".join(f"`{name}`" for name in NAMES) + "."
+
+
+def routes() -> str:
+    document = create_app(Settings()).openapi()
+    rows = [
+        [f"`{method.upper()} {path}`", operation["summary"]]
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+    ]
+    rows += [["`GET /docs`", "Swagger UI"], ["`GET /openapi.json`", "OpenAPI document"]]
+    return table("path | answers", rows)
+
+
+def settings() -> str:
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        rows.append([f"`{name}`", "" if default is None else f"`{default}`", field.description or ""])
+    return table("name | default | meaning", rows)
+
+
+def benchmarks() -> str:
+    """The committed results, with the command that makes them."""
+    parts = []
+    for name, title in (
+        ("solo", "One request through the server beside the stock pipeline's call"),
+        ("probes", "`/v2/health/live` while eight requests run"),
+    ):
+        text = (ROOT / "tests" / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip()
+        parts.append(f"{title} (`python -m tests.benchmarks.{name}`):\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def written() -> str:
+    """The README as it should be."""
+    text = README.read_text(encoding="utf-8")
+    for make in (parameters, schedulers, routes, settings, benchmarks):
+        marks = re.compile(rf"<!-- {make.__name__} -->.*?<!-- end -->", re.DOTALL)
+        block = f"<!-- {make.__name__} -->\n\n{make()}\n\n<!-- end -->"
+        text, count = marks.subn(lambda _, block=block: block, text)
+        assert count == 1, f"the README has no place for {make.__name__}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(written(), encoding="utf-8")

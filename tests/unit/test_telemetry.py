@@ -1,0 +1,62 @@
+"""Logs: one shape, the request's id on every line, and an access log in the format that was asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from app.errors import InvalidSettings
+from app.settings import Settings
+from app.telemetry import AccessLog, Telemetry, configure_logging, request_id
+
+
+@pytest.fixture
+def root_logger() -> Iterator[logging.Logger]:
+    """The root logger, put back as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield root
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_every_line_carries_the_request_id_and_its_fields(root_logger: logging.Logger, log_format: str) -> None:
+    configure_logging(Settings(log_format=log_format))
+    stream = io.StringIO()
+    (handler,) = root_logger.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(stream)
+    token = request_id.set("abc")
+    try:
+        logging.getLogger("x").info("painted", extra={"fields": {"images": 2}})
+    finally:
+        request_id.reset(token)
+    line = stream.getvalue()
+    if log_format == "json":
+        entry = json.loads(line)
+        assert (entry["message"], entry["request_id"], entry["images"], entry["level"]) == ("painted", "abc", 2, "info")
+    else:
+        assert "[abc] painted images=2" in line
+
+
+def test_the_access_log_is_written_as_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        AccessLog('%(h)s "%(r)s" %(s)s %(b)s %(L)s').log("10.0.0.1", "GET", "/v2", "HTTP/1.1", 200, 99, 0.25)
+    assert caplog.messages == ['10.0.0.1 "GET /v2 HTTP/1.1" 200 99 0.250000']
+
+
+@pytest.mark.parametrize("line_format", ["%(unknown)s", "%(h)", "%s %s", "%(h)d"])
+def test_an_access_log_format_that_cannot_be_used_is_refused_at_the_start(line_format: str) -> None:
+    with pytest.raises(InvalidSettings, match="access_log_format"):
+        AccessLog(line_format)
+
+
+def test_buckets_reach_ten_minutes() -> None:
+    telemetry = Telemetry("m")
+    telemetry.predict.observe(500)
+    assert b'request_predict_seconds_bucket{le="600.0",model_name="m"} 1.0' in telemetry.exposition()
