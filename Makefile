@@ -1,11 +1,7 @@
-# The whole tool box. `make serve` and `make test` need nothing but Python 3.11 or newer and make.
+# The whole tool box. Nothing is needed but Python 3.11 or newer and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
-HTTP_PORT ?= 8080
-MODEL_NAME ?= sdxl
-MODEL_ID ?= demo
-export HTTP_PORT MODEL_NAME MODEL_ID
 
 .PHONY: install serve test lint bench
 
@@ -16,8 +12,12 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# Every setting may be given here too, such as `make serve HTTP_PORT=9000`.
+serve: export HTTP_PORT ?= 8080
+serve: export MODEL_NAME ?= sdxl
+serve: export MODEL_ID ?= demo
 serve: install
-	exec $(BIN)/sdxl-runtime
+	@exec $(BIN)/sdxl-runtime
 
 test: install
 	$(BIN)/pytest

@@ -12,6 +12,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -305,13 +306,14 @@ def normalise_latents(vae: AutoencoderKL, rng: random.Random) -> None:
 class Latents:
     """Pictures encoded once, to draw batches from."""
 
-    def __init__(self, vae: AutoencoderKL, native: int, others: int, seed: int) -> None:
+    def __init__(self, vae: AutoencoderKL, native: int, others: int, small: float, seed: int) -> None:
         rng = random.Random(seed)
         self.sizes = {(PICTURE_SIZE, PICTURE_SIZE): native, **dict.fromkeys(OTHER_SIZES, others)}
         self.drawings: dict[tuple[int, int], list[Drawing]] = {}
         self.latents: dict[tuple[int, int], torch.Tensor] = {}
         for (height, width), count in self.sizes.items():
             drawings = [random_drawing(rng) for _ in range(count)]
+            drawings = [replace(each, size="small") if rng.random() < small else each for each in drawings]
             parts = []
             for start in tqdm(range(0, count, 32), desc=f"encoding {height} x {width}"):
                 part = [draw(drawing, width, height, rng) for drawing in drawings[start : start + 32]]
@@ -358,16 +360,43 @@ def time_ids(height: int, width: int, rows: int, rng: random.Random) -> torch.Te
     )
 
 
-def train_base(vae: AutoencoderKL, folder: Path, steps: int, seed: int, native: int) -> StableDiffusionXLPipeline:
-    """Noise prediction on latents; one caption in ten is dropped so that guidance has something to steer from."""
+def make_base(folder: Path, seed: int) -> Base:
+    """Untrained, with its tokenizers' files written to `folder`."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    tokenizers = (
-        make_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
-        make_tokenizer(folder / "tokenizer_2", pad_token="!"),
+    return Base(
+        (
+            make_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>"),
+            make_tokenizer(folder / "tokenizer_2", pad_token="!"),
+        )
     )
-    data = Latents(vae, native, native // 12, seed)
-    model = Base(tokenizers)
+
+
+def load_base(pipeline: StableDiffusionXLPipeline, seed: int) -> Base:
+    """As trained before."""
+    torch.manual_seed(seed)
+    base = Base((pipeline.tokenizer, pipeline.tokenizer_2))
+    base.text_encoder, base.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
+    base.unet = pipeline.unet
+    return base.train().requires_grad_(True)
+
+
+def train_base(
+    model: Base, vae: AutoencoderKL, folder: Path, *, steps: int, peak: float, native: int, small: float, seed: int
+) -> StableDiffusionXLPipeline:
+    """Noise prediction on latents; one caption in ten is dropped so that guidance has something to steer from.
+
+    Args:
+        model: what is trained.
+        vae: trained; stays as it is.
+        folder: a grid of pictures is laid beside it now and then.
+        steps: batches.
+        peak: largest learning rate.
+        native: pictures of the usual size.
+        small: share of them made small whatever the dice said.
+        seed: of everything random but the first weights.
+    """
+    rng = random.Random(seed)
+    data = Latents(vae, native, native // 12, small, seed)
     noise_scheduler = DDPMScheduler.from_config(make_scheduler().config)
 
     def pipeline(model: Base) -> StableDiffusionXLPipeline:
@@ -375,8 +404,8 @@ def train_base(vae: AutoencoderKL, folder: Path, steps: int, seed: int, native: 
             vae=vae,
             text_encoder=model.text_encoder,
             text_encoder_2=model.text_encoder_2,
-            tokenizer=tokenizers[0],
-            tokenizer_2=tokenizers[1],
+            tokenizer=model.tokenizers[0],
+            tokenizer_2=model.tokenizers[1],
             unet=model.unet,
             scheduler=make_scheduler(),
             force_zeros_for_empty_prompt=True,
@@ -406,7 +435,7 @@ def train_base(vae: AutoencoderKL, folder: Path, steps: int, seed: int, native: 
         loss_of_batch,
         name="base",
         steps=steps,
-        peak=1.5e-3,
+        peak=peak,
         average=0.999,
         weight_decay=1e-3,
         after=now_and_then,
@@ -455,30 +484,44 @@ def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
 
 
 def main() -> None:
+    stages = ("vae", "base", "settle", "sharpen")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the model folders")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", choices=("vae", "base", "sharpen"), help="one stage, on what the folder already holds"
-    )
+    parser.add_argument("--only", choices=stages, help="one stage, on what the folder already holds")
     parser.add_argument("--vae_steps", type=int, default=2600)
-    parser.add_argument("--sharpen_steps", type=int, default=2500)
     parser.add_argument("--base_steps", type=int, default=7000)
+    parser.add_argument("--settle_steps", type=int, default=1800, help="more of the base, gently, on small drawings")
+    parser.add_argument("--sharpen_steps", type=int, default=1800)
     parser.add_argument("--pictures", type=int, default=24_000, help="pictures that the base learns from")
     arguments = parser.parse_args()
 
-    folder = arguments.out / "sdxl"
+    folder, seed, pictures = arguments.out / "sdxl", arguments.seed, arguments.pictures
     folder.mkdir(parents=True, exist_ok=True)
-    if arguments.only in (None, "vae"):
-        train_vae(arguments.vae_steps, arguments.seed).save_pretrained(folder / "vae")
-    if arguments.only in (None, "base"):
-        vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
-        save(train_base(vae, folder, arguments.base_steps, arguments.seed, arguments.pictures), folder)
-    if arguments.only in (None, "sharpen"):
+
+    def wanted(stage: str) -> bool:
+        return arguments.only in (None, stage)
+
+    def load() -> StableDiffusionXLPipeline:
         pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
-        pipeline.register_modules(vae=sharpen(pipeline.vae, arguments.sharpen_steps, arguments.seed))
+        pipeline.vae.eval().requires_grad_(False)
+        return pipeline
+
+    if wanted("vae"):
+        train_vae(arguments.vae_steps, seed).save_pretrained(folder / "vae")
+    if wanted("base"):
+        vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
+        steps, model = arguments.base_steps, make_base(folder, seed)
+        save(train_base(model, vae, folder, steps=steps, peak=1.5e-3, native=pictures, small=0, seed=seed), folder)
+    if wanted("settle"):
+        vae, steps, model = load().vae, arguments.settle_steps, load_base(load(), seed)
+        trained = train_base(model, vae, folder, steps=steps, peak=5e-4, native=pictures // 2, small=0.3, seed=seed + 1)
+        save(trained, folder)
+    if wanted("sharpen"):
+        pipeline = load()
+        pipeline.register_modules(vae=sharpen(pipeline.vae, arguments.sharpen_steps, seed))
         save(pipeline, folder)
-        print(look(pipeline, arguments.out / "sdxl-grid.png", 96))
+    print(look(load(), arguments.out / "sdxl-grid.png", 96))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from app.engine import schedulers
 from app.engine.family import Family, Job
-from app.errors import InvalidRequest, OutOfMemory
+from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest, describe
 
 P = ParamSpec("P")
@@ -324,6 +324,11 @@ class SdxlFamily(Family[SdxlJob]):
         else:
             latents = latents / config.scaling_factor
         image = self._vae.decode(latents, return_dict=False)[0]
+        if not torch.isfinite(image).all():
+            raise GenerationFailed(
+                "The picture came out as numbers that are not finite; take another scheduler, more steps, less guidance "
+                "or another dtype."
+            )
         # As VaeImageProcessor rounds, without the detour over floats in numpy and PIL.
         image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
         pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()

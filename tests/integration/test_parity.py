@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from app.engine.schedulers import NAMES
 from app.engine.sdxl import SdxlFamily
-from app.errors import InvalidRequest
+from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest
 
 PROMPT = "a small red star on a white background"
@@ -119,6 +119,8 @@ def test_every_scheduler_paints_or_says_why_not_at_few_steps(family: SdxlFamily,
         picture = ours(family, prompt=PROMPT, seed=5, num_inference_steps=steps, scheduler=name)
     except InvalidRequest as error:
         assert name in str(error)
+    except GenerationFailed as error:
+        assert "not finite" in str(error)
     else:
         assert picture.shape == (128, 128, 3)
 
@@ -158,6 +160,28 @@ def test_what_the_model_cannot_do_is_refused_with_what_it_can(
 def test_what_has_no_effect_is_said(family: SdxlFamily, parameters: dict[str, Any], message: str) -> None:
     (sentence,) = family.warnings(family.resolve(GenerateRequest(**parameters)))
     assert message in sentence
+
+
+def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(family: SdxlFamily) -> None:
+    request = family.resolve(GenerateRequest(prompt=PROMPT, seed=1, num_inference_steps=1))
+    job = family.begin(request, family.encode(request))
+    family.step([job])
+    job.latents = job.latents * float("nan")
+    with pytest.raises(GenerationFailed, match="not finite"):
+        family.decode([job])
+
+
+def test_a_full_device_is_our_own_error_and_the_next_request_is_painted(
+    family: SdxlFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(family._unet, "forward", full)
+        with pytest.raises(OutOfMemory, match="too little memory"):
+            ours(family, prompt=PROMPT, seed=1, num_inference_steps=1)
+    assert ours(family, prompt=PROMPT, seed=1, num_inference_steps=1).shape == (128, 128, 3)
 
 
 def test_a_request_without_surprises_has_no_warnings(family: SdxlFamily) -> None:
