@@ -6,12 +6,14 @@ Label values come from the server's own settings and code only, so that no reque
 from __future__ import annotations
 
 import contextvars
+import http.client
 import json
 import logging
 import logging.config
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +152,30 @@ def configure_logging(settings: Settings) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One answered request, as the access log tells it."""
+
+    client: str = "-"
+    method: str = "-"
+    path: str = "-"
+    query: str = ""
+    protocol: str = "-"
+    status: int = 500
+    size: int = 0
+    seconds: float = 0.0
+    referer: str = "-"
+    agent: str = "-"
+
+
 class AccessLog:
-    """One line for every request, in the format that KServe's servers take.
+    """One line for every request, in the format that KServe's servers take (asgi-logger's placeholders).
 
     Args:
         line_format: with placeholders such as ``%(h)s`` (client), ``%(r)s`` (request line), ``%(m)s`` (method),
-            ``%(U)s`` (path), ``%(H)s`` (protocol), ``%(s)s`` (status), ``%(b)s`` (bytes answered), ``%(t)s`` (time),
-            ``%(L)s`` (seconds), ``%(M)s`` (milliseconds), ``%(D)s`` (microseconds), ``%(p)s`` (process id).
+            ``%(U)s`` (path), ``%(q)s`` (query), ``%(H)s`` (protocol), ``%(s)s`` (status), ``%(st)s`` (its name),
+            ``%(b)s`` (bytes answered), ``%(t)s`` (time), ``%(L)s`` (seconds), ``%(M)s`` (milliseconds), ``%(D)s``
+            (microseconds), ``%(a)s`` (user agent), ``%(f)s`` (referer), ``%(p)s`` (process id).
 
     Raises:
         InvalidSettings: a placeholder that is not known, or no format at all.
@@ -165,30 +184,37 @@ class AccessLog:
     def __init__(self, line_format: str) -> None:
         self._format = line_format
         try:
-            self._line("", "", "", "", 0, 0, 0.0)
+            self._line(Access())
         except (KeyError, ValueError, TypeError) as error:
             raise InvalidSettings(f"access_log_format {line_format!r} cannot be used: {error!r}.") from None
 
-    def log(self, client: str, method: str, path: str, protocol: str, status: int, size: int, seconds: float) -> None:
-        access_logger.info("%s", self._line(client, method, path, protocol, status, size, seconds))
+    def log(self, access: Access) -> None:
+        access_logger.info("%s", self._line(access))
 
-    def _line(self, client: str, method: str, path: str, protocol: str, status: int, size: int, seconds: float) -> str:
+    def _line(self, access: Access) -> str:
+        target = f"{access.path}?{access.query}" if access.query else access.path
         return self._format % {
-            "h": client,
+            "h": access.client,
             "l": "-",
             "u": "-",
-            "r": f"{method} {path} {protocol}",
-            "m": method,
-            "U": path,
-            "H": protocol,
-            "s": status,
-            "b": size,
-            "B": size,
             "t": time.strftime("[%d/%b/%Y:%H:%M:%S +0000]", time.gmtime()),
-            "L": f"{seconds:.6f}",
-            "T": int(seconds),
-            "M": int(seconds * 1e3),
-            "D": int(seconds * 1e6),
+            "r": f"{access.method} {access.path} {access.protocol}",
+            "R": f"{access.method} {target} {access.protocol}",
+            "m": access.method,
+            "U": access.path,
+            "Uq": target,
+            "q": access.query,
+            "H": access.protocol,
+            "s": access.status,
+            "st": http.client.responses.get(access.status, ""),
+            "b": access.size,
+            "B": access.size,
+            "f": access.referer,
+            "a": access.agent,
+            "L": f"{access.seconds:.6f}",
+            "T": int(access.seconds),
+            "M": int(access.seconds * 1e3),
+            "D": int(access.seconds * 1e6),
             "p": os.getpid(),
         }
 

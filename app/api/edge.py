@@ -30,7 +30,7 @@ from app.engine.batcher import Ticket
 from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
 from app.generation import Generation
 from app.settings import Settings
-from app.telemetry import AccessLog, request_id
+from app.telemetry import Access, AccessLog, request_id
 
 logger = logging.getLogger(__name__)
 
@@ -163,15 +163,29 @@ class Edge:
             await error_response(fault)(scope, receive, send_with_id)
         finally:
             if self._access_log is not None:
-                client = (scope.get("client") or ("-",))[0]
-                protocol = f"HTTP/{scope['http_version']}"
-                seconds = time.monotonic() - started
-                self._access_log.log(client, scope["method"], quote(path), protocol, status, size, seconds)
+                self._access_log.log(
+                    Access(
+                        client=(scope.get("client") or ("-",))[0],
+                        method=scope["method"],
+                        path=quote(path),
+                        query=scope["query_string"].decode("latin-1"),
+                        protocol=f"HTTP/{scope['http_version']}",
+                        status=status or 500,
+                        size=size,
+                        seconds=time.monotonic() - started,
+                        referer=_printable(headers.get(b"referer", b"-")),
+                        agent=_printable(headers.get(b"user-agent", b"-")),
+                    )
+                )
 
     def _authorized(self, headers: Mapping[bytes, bytes]) -> bool:
         assert self._api_key is not None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
+
+
+def _printable(value: bytes) -> str:
+    return quote(value.decode("latin-1"), safe=" ()/;:,.+-_=")
 
 
 # --- Bodies ----------------------------------------------------------------------------------------------------

@@ -326,8 +326,8 @@ class SdxlFamily(Family[SdxlJob]):
         image = self._vae.decode(latents, return_dict=False)[0]
         if not torch.isfinite(image).all():
             raise GenerationFailed(
-                "The picture came out as numbers that are not finite; take another scheduler, more steps, less guidance "
-                "or another dtype."
+                "The picture came out as numbers that are not finite; take another scheduler, more steps or less "
+                "guidance, or serve the model with another dtype."
             )
         # As VaeImageProcessor rounds, without the detour over floats in numpy and PIL.
         image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()

@@ -11,7 +11,7 @@ import pytest
 
 from app.errors import InvalidSettings
 from app.settings import Settings
-from app.telemetry import AccessLog, Telemetry, configure_logging, request_id
+from app.telemetry import Access, AccessLog, Telemetry, configure_logging, request_id
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def test_every_line_carries_the_request_id_and_its_fields(root_logger: logging.L
 
 def test_the_access_log_is_written_as_asked(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        AccessLog('%(h)s "%(r)s" %(s)s %(b)s %(L)s').log("10.0.0.1", "GET", "/v2", "HTTP/1.1", 200, 99, 0.25)
+        AccessLog('%(h)s "%(r)s" %(s)s %(b)s %(L)s').log(
+            Access(client="10.0.0.1", method="GET", path="/v2", protocol="HTTP/1.1", status=200, size=99, seconds=0.25)
+        )
     assert caplog.messages == ['10.0.0.1 "GET /v2 HTTP/1.1" 200 99 0.250000']
 
 
