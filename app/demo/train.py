@@ -481,6 +481,11 @@ def save(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
     halved = copy.copy(pipeline)
     halved.register_modules(unet=copy.deepcopy(pipeline.unet).half(), vae=copy.deepcopy(pipeline.vae).half())
     halved.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        # Where it was loaded from is nobody's business.
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
