@@ -115,7 +115,10 @@ def _check_number(value: object, datatype: str) -> int | float | bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"elements of {datatype} data must be numbers, not {type(value).__name__}.")
     if kind != "f" and isinstance(value, float):
-        raise InvalidRequest(f"elements of {datatype} data must be whole numbers, not {value!r}.")
+        # Some clients write every number with a fraction; JSON knows no difference between 7 and 7.0.
+        if not value.is_integer():
+            raise InvalidRequest(f"elements of {datatype} data must be whole numbers, not {value!r}.")
+        value = int(value)
     low, high = _bounds(datatype)
     if not low <= value <= high:
         raise InvalidRequest(f"an element of the data does not fit {datatype}.")

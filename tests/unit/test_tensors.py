@@ -58,6 +58,11 @@ def test_json_data_may_be_flat_or_nested(data: list[object], shape: list[int]) -
     assert read_json(data, "INT64", shape) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_whole_number_may_be_written_with_a_fraction() -> None:
+    (value,) = read_json([7.0], "INT64", [1])
+    assert value == 7 and isinstance(value, int)
+
+
 @pytest.mark.parametrize(
     ("data", "datatype", "shape", "message"),
     [
