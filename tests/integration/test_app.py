@@ -117,7 +117,10 @@ async def test_a_full_queue_is_429_with_the_seconds_to_wait_and_is_counted() -> 
     family = Gated()
     async with running(lambda: family, max_queue=2, max_images_per_request=2) as client:
         accepted = [asyncio.ensure_future(client.post(INFER, json=prompt())) for _ in range(2)]
-        while metric((await client.get("/metrics")).text, "sdxl_running_images") < 2:
+        while True:
+            text = (await client.get("/metrics")).text
+            if metric(text, "sdxl_running_images") + metric(text, "sdxl_pending_images") == 2:
+                break
             await asyncio.sleep(0.005)
         refused = [await client.post(INFER, json=prompt()) for _ in range(5)]
         assert {answer.status_code for answer in refused} == {429}
