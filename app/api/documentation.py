@@ -257,30 +257,6 @@ def _reading_order(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
     return min(tags.index(operation["tags"][0]) for operation in operations.values()), len(path)
 
 
-def _describe(operation: dict[str, Any], path: str, settings: Settings) -> None:
-    """Say of one operation what FastAPI cannot know."""
-    # A handler that serves two paths has parameters of which one path knows nothing.
-    parameters = [parameter for parameter in operation.pop("parameters", ()) if parameter["in"] == "path"]
-    for parameter in parameters:
-        only = settings.model_name if parameter["name"] == "model_name" else oip.MODEL_VERSION
-        parameter["schema"] = {"type": "string", "enum": [only], "default": only}
-    if parameters:
-        operation["parameters"] = parameters
-    responses = operation["responses"]
-    # FastAPI's own validation never speaks: paths are text, and bodies are read by hand.
-    responses.pop("422", None)
-    if settings.api_key and path in edge.OPEN_PATHS:
-        operation["security"] = []
-    elif settings.api_key:
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorMessage"}}}
-        responses["401"] = {"description": _ERRORS[401], "content": content}
-    for status, response in responses.items():
-        names = ["X-Request-Id", *_HEADERS_OF.get(status, ())]
-        if "application/octet-stream" in response["content"]:
-            names.append("Inference-Header-Content-Length")
-        response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
-
-
 def _without_null(node: Any) -> Any:
     """A schema in which what may be absent is never null: the server leaves such fields out."""
     if isinstance(node, list):

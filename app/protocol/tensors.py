@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from app.errors import InvalidRequest
+from app.generation import describe
 
 NUMPY_TYPES: dict[str, str] = {
     "BOOL": "|b1",
@@ -51,16 +52,11 @@ def element_count(shape: Sequence[int]) -> int:
     if len(shape) > MAX_DIMENSIONS:
         raise InvalidRequest(f"a shape may have at most {MAX_DIMENSIONS} dimensions, not {len(shape)}.")
     if any(dimension < 0 for dimension in shape):
-        raise InvalidRequest(f"shape {_shown(shape)} has a negative dimension.")
+        raise InvalidRequest(f"shape {describe(list(shape))} has a negative dimension.")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise InvalidRequest("the shape describes more elements than a request can carry.")
     return count
-
-
-def _shown(shape: Sequence[int]) -> str:
-    text = str(list(shape))
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_json(data: object, datatype: str, shape: Sequence[int]) -> list[Value]:
@@ -80,22 +76,22 @@ def read_json(data: object, datatype: str, shape: Sequence[int]) -> list[Value]:
         raise InvalidRequest("data must be a list.")
     values = _flatten(data, shape) if data and isinstance(data[0], list) else data
     if len(values) != count:
-        raise InvalidRequest(f"shape {_shown(shape)} needs {count} elements, but data has {len(values)}.")
+        raise InvalidRequest(f"shape {describe(list(shape))} needs {count} elements, but data has {len(values)}.")
     check = _check_text if datatype == "BYTES" else _check_number
     return [check(value, datatype) for value in values]
 
 
 def _flatten(data: list[object], shape: Sequence[int]) -> list[object]:
     if not shape or len(data) != shape[0]:
-        raise InvalidRequest(f"the nesting of data does not follow shape {_shown(shape)}.")
+        raise InvalidRequest(f"the nesting of data does not follow shape {describe(list(shape))}.")
     if len(shape) == 1:
         if any(isinstance(value, list) for value in data):
-            raise InvalidRequest(f"the nesting of data does not follow shape {_shown(shape)}.")
+            raise InvalidRequest(f"the nesting of data does not follow shape {describe(list(shape))}.")
         return data
     flat: list[object] = []
     for part in data:
         if not isinstance(part, list):
-            raise InvalidRequest(f"the nesting of data does not follow shape {_shown(shape)}.")
+            raise InvalidRequest(f"the nesting of data does not follow shape {describe(list(shape))}.")
         flat += _flatten(part, shape[1:])
     return flat
 
@@ -150,7 +146,7 @@ def read_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> list[Va
     dtype = np.dtype(NUMPY_TYPES[datatype])
     if len(raw) != count * dtype.itemsize:
         raise InvalidRequest(
-            f"{datatype} data of shape {_shown(shape)} needs {count * dtype.itemsize} bytes, got {len(raw)}."
+            f"{datatype} data of shape {describe(list(shape))} needs {count * dtype.itemsize} bytes, got {len(raw)}."
         )
     array = np.frombuffer(raw, dtype)
     if datatype == "BF16":
