@@ -496,7 +496,7 @@ def main() -> None:
     parser.add_argument("--only", choices=stages, help="one stage, on what the folder already holds")
     parser.add_argument("--vae_steps", type=int, default=2600)
     parser.add_argument("--base_steps", type=int, default=7000)
-    parser.add_argument("--settle_steps", type=int, default=1800, help="more of the base, gently, on small drawings")
+    parser.add_argument("--settle_steps", type=int, default=3000, help="more of the base, gently, on small drawings")
     parser.add_argument("--sharpen_steps", type=int, default=1800)
     parser.add_argument("--pictures", type=int, default=24_000, help="pictures that the base learns from")
     arguments = parser.parse_args()
@@ -520,7 +520,7 @@ def main() -> None:
         save(train_base(model, vae, folder, steps=steps, peak=1.5e-3, native=pictures, small=0, seed=seed), folder)
     if wanted("settle"):
         vae, steps, model = load().vae, arguments.settle_steps, load_base(load(), seed)
-        trained = train_base(model, vae, folder, steps=steps, peak=5e-4, native=pictures // 2, small=0.3, seed=seed + 1)
+        trained = train_base(model, vae, folder, steps=steps, peak=5e-4, native=pictures // 2, small=0.4, seed=seed + 1)
         save(trained, folder)
     if wanted("sharpen"):
         pipeline = load()
