@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import enum
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +25,11 @@ class Kind(enum.Enum):
     TEXT = "text"
     INTEGER = "integer"
     NUMBER = "number"
+    BOOLEAN = "boolean"
     PAIR = "pair of integers"
+    LIST = "list of numbers"
+    ADAPTERS = "names and scales of adapters"
+    IMAGE = "image"
 
 
 class ImageFormat(enum.StrEnum):
@@ -36,6 +40,24 @@ class ImageFormat(enum.StrEnum):
     @property
     def media_type(self) -> str:
         return f"image/{self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """One picture before it is encoded: ``height * width * channels`` bytes, row-major, RGB or grey."""
+
+    data: bytes = field(repr=False)
+    height: int
+    width: int
+    channels: int = 3
+
+
+class ImageTask(enum.StrEnum):
+    """What a request starts from."""
+
+    TEXT_TO_IMAGE = "text-to-image"
+    IMAGE_TO_IMAGE = "image-to-image"
+    INPAINT = "inpaint"
 
 
 def _parameter(kind: Kind, description: str, **bounds: float) -> dict[str, Any]:
@@ -81,6 +103,31 @@ class GenerateRequest:
         default=None,
         metadata=_parameter(Kind.NUMBER, "Tames overexposure by strong guidance.", minimum=0, maximum=1),
     )
+    true_cfg_scale: float | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.NUMBER,
+            "FLUX: classifier-free guidance beside the built-in one; above 1 the negative prompt counts.",
+            minimum=0,
+            maximum=100,
+        ),
+    )
+    image: Pixels | bytes | None = field(
+        default=None,
+        metadata=_parameter(Kind.IMAGE, "Picture to start from: PNG, JPEG or WebP, or UINT8 of shape [h, w, 3]."),
+    )
+    mask_image: Pixels | bytes | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.IMAGE, "Where to repaint the image (white) and where to keep it (black); or UINT8 of shape [h, w]."
+        ),
+    )
+    strength: float | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.NUMBER, "How far to go from the image: 0 keeps it, 1 ignores it.", minimum=0, maximum=1
+        ),
+    )
     seed: int | None = field(
         default=None,
         metadata=_parameter(
@@ -98,6 +145,33 @@ class GenerateRequest:
     scheduler: str | None = field(
         default=None, metadata=_parameter(Kind.TEXT, "Name of the noise scheduler, such as 'Euler'.")
     )
+    use_karras_sigmas: bool | None = field(
+        default=None, metadata=_parameter(Kind.BOOLEAN, "Space the scheduler's noise levels as Karras et al. do.")
+    )
+    use_exponential_sigmas: bool | None = field(
+        default=None, metadata=_parameter(Kind.BOOLEAN, "Space the scheduler's noise levels exponentially.")
+    )
+    use_beta_sigmas: bool | None = field(
+        default=None, metadata=_parameter(Kind.BOOLEAN, "Space the scheduler's noise levels by a beta distribution.")
+    )
+    timestep_spacing: str | None = field(
+        default=None, metadata=_parameter(Kind.TEXT, "Spacing of the timesteps: linspace, leading or trailing.")
+    )
+    timesteps: tuple[float, ...] | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.LIST, "Timesteps of one's own, falling, instead of num_inference_steps.", minimum=0, maximum=1000
+        ),
+    )
+    sigmas: tuple[float, ...] | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.LIST, "Noise levels of one's own, falling, instead of num_inference_steps.", minimum=0, maximum=1e6
+        ),
+    )
+    eta: float | None = field(
+        default=None, metadata=_parameter(Kind.NUMBER, "Noise that DDIM adds in each step.", minimum=0, maximum=1)
+    )
     original_size: tuple[int, int] | None = field(
         default=None,
         metadata=_size("SDXL size conditioning: height, width of the imagined original."),
@@ -108,13 +182,58 @@ class GenerateRequest:
     target_size: tuple[int, int] | None = field(
         default=None, metadata=_size("SDXL size conditioning: height, width aimed at.")
     )
+    negative_original_size: tuple[int, int] | None = field(
+        default=None, metadata=_size("The same for the negative prompt; as the prompt's unless given.")
+    )
+    negative_crops_coords_top_left: tuple[int, int] | None = field(
+        default=None, metadata=_size("The same for the negative prompt; as the prompt's unless given.")
+    )
+    negative_target_size: tuple[int, int] | None = field(
+        default=None, metadata=_size("The same for the negative prompt; as the prompt's unless given.")
+    )
+    aesthetic_score: float | None = field(
+        default=None, metadata=_parameter(Kind.NUMBER, "Refiner: how beautiful the picture is.", minimum=0, maximum=10)
+    )
+    negative_aesthetic_score: float | None = field(
+        default=None,
+        metadata=_parameter(Kind.NUMBER, "Refiner: how beautiful the negative prompt's is.", minimum=0, maximum=10),
+    )
+    denoising_limit: float | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.NUMBER,
+            "Fraction of the denoising that the base does before the refiner takes over, more than 0; 1 leaves the "
+            "refiner out.",
+            minimum=0,
+            maximum=1,
+        ),
+    )
     denoising_end: float | None = field(
         default=None,
         metadata=_parameter(
             Kind.NUMBER, "Fraction of the denoising after which to stop, more than 0.", minimum=0, maximum=1
         ),
     )
+    max_sequence_length: int | None = field(
+        default=None,
+        metadata=_parameter(Kind.INTEGER, "FLUX: tokens of the prompt that T5 reads.", minimum=1, maximum=512),
+    )
+    loras: tuple[tuple[str, float], ...] | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.ADAPTERS,
+            "LoRA adapters to paint with, as NAME or NAME:SCALE, separated by commas.",
+            minimum=-10,
+            maximum=10,
+        ),
+    )
     output_format: ImageFormat = field(default=ImageFormat.PNG, metadata=_parameter(Kind.TEXT, "png, jpeg or webp."))
+
+    @property
+    def task(self) -> ImageTask:
+        if self.image is None:
+            return ImageTask.TEXT_TO_IMAGE
+        return ImageTask.IMAGE_TO_IMAGE if self.mask_image is None else ImageTask.INPAINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +253,15 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
 )
 
 
+ALIASES: Mapping[str, str] = MappingProxyType({"high_noise_frac": "denoising_limit"})
+"""Other names that callers know a parameter by."""
+
+SPACINGS = ("linspace", "leading", "trailing")
+MAX_LIST = 1000
+"""Numbers of one list; no model is trained with more timesteps."""
+MAX_ADAPTERS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much one request may ask for."""
@@ -143,6 +271,7 @@ class Limits:
     max_images_per_request: int
     max_prompt_length: int
     max_side: int = 2048
+    max_input_pixels: int = 16_777_216
 
 
 def parse_parameter(name: str, value: object) -> object:
@@ -150,7 +279,7 @@ def parse_parameter(name: str, value: object) -> object:
 
     Args:
         name: a key of `PARAMETERS`.
-        value: text, a number or a pair of numbers, as a protocol delivered it.
+        value: text, a number, a list, a map of adapters to scales, or an image, as a protocol delivered it.
 
     Raises:
         InvalidRequest: the value has another type, is not exact, or lies outside the parameter's own bounds.
@@ -159,12 +288,59 @@ def parse_parameter(name: str, value: object) -> object:
     if parameter.kind is Kind.TEXT:
         if not isinstance(value, str):
             raise InvalidRequest(f"{name} must be text, not {describe(value)}.")
-        return _image_format(value) if name == "output_format" else value
-    if parameter.kind is Kind.PAIR:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            raise InvalidRequest(f"{name} must be two whole numbers, not {describe(value)}.")
-        return _integer(parameter, value[0]), _integer(parameter, value[1])
-    return _integer(parameter, value) if parameter.kind is Kind.INTEGER else _number(parameter, value)
+        return _TEXT_CHOICES[name](value) if name in _TEXT_CHOICES else value
+    return _PARSERS[parameter.kind](parameter, value)
+
+
+def _boolean(parameter: Parameter, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{parameter.name} must be true or false, not {describe(value)}.")
+    return value
+
+
+def _pair(parameter: Parameter, value: object) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise InvalidRequest(f"{parameter.name} must be two whole numbers, not {describe(value)}.")
+    return _integer(parameter, value[0]), _integer(parameter, value[1])
+
+
+def _list(parameter: Parameter, value: object) -> tuple[float, ...]:
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_LIST:
+        raise InvalidRequest(f"{parameter.name} must be 1 to {MAX_LIST} numbers, not {describe(value)}.")
+    return tuple(_number(parameter, each) for each in value)
+
+
+def _adapters(parameter: Parameter, value: object) -> tuple[tuple[str, float], ...]:
+    """``"a:0.5, b"``, ``["a:0.5", "b"]`` or ``{"a": 0.5, "b": 1}``; no adapter at all is an empty tuple."""
+    if isinstance(value, Mapping):
+        pairs: list[tuple[object, object]] = list(value.items())
+    else:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise InvalidRequest(f"{parameter.name} must be names such as 'style:0.8, detail', not {describe(value)}.")
+        pairs = [_adapter(parameter, part.strip()) for part in parts if part.strip()]
+    if len(pairs) > MAX_ADAPTERS:
+        raise InvalidRequest(f"{parameter.name} may name at most {MAX_ADAPTERS} adapters, not {len(pairs)}.")
+    adapters = tuple((str(name), _number(parameter, scale)) for name, scale in pairs)
+    if len({name for name, _ in adapters}) < len(adapters):
+        raise InvalidRequest(f"{parameter.name} names an adapter twice.")
+    return adapters
+
+
+def _adapter(parameter: Parameter, text: str) -> tuple[str, float]:
+    name, colon, scale = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return name.strip(), float(scale)
+    except ValueError:
+        raise InvalidRequest(f"{parameter.name}: the scale in {describe(text)} is not a number.") from None
+
+
+def _image(parameter: Parameter, value: object) -> Pixels | bytes:
+    if not isinstance(value, Pixels | bytes):
+        raise InvalidRequest(f"{parameter.name} must be the bytes of a PNG, JPEG or WebP file.")
+    return value
 
 
 def _integer(parameter: Parameter, value: object) -> int:
@@ -198,6 +374,28 @@ def _image_format(value: str) -> ImageFormat:
     except ValueError:
         known = ", ".join(ImageFormat)
         raise InvalidRequest(f"output_format must be one of {known}, not {describe(value)}.") from None
+
+
+def _spacing(value: str) -> str:
+    if value.lower() not in SPACINGS:
+        raise InvalidRequest(f"timestep_spacing must be one of {', '.join(SPACINGS)}, not {describe(value)}.")
+    return value.lower()
+
+
+_TEXT_CHOICES: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {"output_format": _image_format, "timestep_spacing": _spacing}
+)
+_PARSERS: Mapping[Kind, Callable[[Parameter, object], object]] = MappingProxyType(
+    {
+        Kind.INTEGER: _integer,
+        Kind.NUMBER: _number,
+        Kind.BOOLEAN: _boolean,
+        Kind.PAIR: _pair,
+        Kind.LIST: _list,
+        Kind.ADAPTERS: _adapters,
+        Kind.IMAGE: _image,
+    }
+)
 
 
 def describe(value: object) -> str:
@@ -243,8 +441,32 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
                     f"{name} must have at most {limits.max_prompt_length} characters "
                     "(the server's setting max_prompt_length)."
                 )
-        if request.denoising_end == 0:
-            raise InvalidRequest("denoising_end must be more than 0; leave it out to denoise to the end.")
+        steps = len(request.timesteps or request.sigmas or ())
+        if steps > limits.max_steps:
+            raise InvalidRequest(
+                f"timesteps and sigmas may have at most {limits.max_steps} numbers, not {steps} (the server's setting "
+                "max_steps)."
+            )
+        _check_combinations(request)
+
+
+def _check_combinations(request: GenerateRequest) -> None:
+    """Refuse parameters that contradict each other, whatever the model."""
+    if request.denoising_end == 0:
+        raise InvalidRequest("denoising_end must be more than 0; leave it out to denoise to the end.")
+    if request.denoising_limit == 0:
+        raise InvalidRequest("denoising_limit must be more than 0; the base has to begin.")
+    if request.image is None:
+        for name in ("mask_image", "strength"):
+            if getattr(request, name) is not None:
+                raise InvalidRequest(f"{name} needs the input image.")
+    if request.timesteps is not None and request.sigmas is not None:
+        raise InvalidRequest("Give timesteps or sigmas, not both.")
+    spacings = [
+        name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if getattr(request, name)
+    ]
+    if len(spacings) > 1:
+        raise InvalidRequest(f"Give only one of {' and '.join(spacings)}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -264,15 +486,6 @@ class Timings:
     denoise: float = 0.0
     decode: float = 0.0
     encode: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Pixels:
-    """One picture before it is encoded: ``height * width * 3`` bytes, row-major RGB."""
-
-    data: bytes
-    height: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True)

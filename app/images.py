@@ -1,15 +1,23 @@
-"""Pixels out as PNG, JPEG or WebP. Knows Pillow and nothing of requests' transport or models."""
+"""Pixels out as PNG, JPEG or WebP; init images and masks in, with limits.
+
+Knows Pillow and nothing of requests' transport or models.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
+import struct
+import zlib
 
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageFormat, Pixels
+
+INPUT_FORMATS = ("PNG", "JPEG", "WEBP")
 
 # Level 1 is three times as fast as Pillow's default for a few per cent more bytes.
 _SAVE_OPTIONS = {
@@ -37,11 +45,56 @@ def encode_image(pixels: Pixels, request: GenerateRequest, seed: int, embed_meta
     return buffer.getvalue()
 
 
+def decode_image(name: str, data: bytes, max_pixels: int) -> Pixels:
+    """Read an input image as RGB, or as grey where it is a mask, upright as its EXIF orientation says.
+
+    Args:
+        name: of the parameter, for sentences; ``mask_image`` is read as grey.
+        data: a PNG, JPEG or WebP file; other formats are never tried.
+        max_pixels: larger pictures are refused before they are unpacked.
+
+    Raises:
+        InvalidRequest: not such a file, damaged, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=INPUT_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise InvalidRequest(
+                    f"{name} has {image.width} x {image.height} pixels; at most {max_pixels} are read (the server's "
+                    "setting max_input_pixels)."
+                )
+            upright = ImageOps.exif_transpose(image)
+            picture = _grey(upright) if name == "mask_image" else _rgb(upright)
+    except InvalidRequest:
+        raise
+    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, MemoryError, Image.DecompressionBombError):
+        raise InvalidRequest(f"{name} cannot be read; send a whole PNG, JPEG or WebP file.") from None
+    return Pixels(picture.tobytes(), picture.height, picture.width, len(picture.getbands()))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """What is transparent becomes white, as on a page."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layered = Image.new("RGBA", image.size, "white")
+    layered.alpha_composite(image.convert("RGBA"))
+    return layered.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return _rgb(image).convert("L")
+
+
+def to_pil(pixels: Pixels) -> Image.Image:
+    """The picture as Pillow's image, ``RGB`` or ``L``."""
+    return Image.frombytes("RGB" if pixels.channels == 3 else "L", (pixels.width, pixels.height), pixels.data)
+
+
 def _text_chunks(request: GenerateRequest, seed: int) -> PngInfo:
     parameters = {
         name: value
-        for name, value in dataclasses.asdict(request).items()
-        if value is not None and name not in ("prompt", "num_images_per_prompt")
+        for name, value in ((field.name, getattr(request, field.name)) for field in dataclasses.fields(request))
+        if value is not None and name not in ("prompt", "num_images_per_prompt", "image", "mask_image")
     }
     parameters["seed"] = seed
     chunks = PngInfo()

@@ -21,6 +21,9 @@ from pydantic.fields import FieldInfo
 from app.errors import InvalidSettings
 from app.generation import Limits, nearest
 
+ALIASES = {"huggingface_token": "HF_TOKEN"}
+"""Environment variables that are read where a setting's own is not there."""
+
 
 class Settings(BaseModel):
     """What the server runs with; every field's description is its ``--help``."""
@@ -32,19 +35,51 @@ class Settings(BaseModel):
     model_id: str = Field(
         "/mnt/models",
         min_length=1,
-        description="Folder of the model in diffusers' layout, or 'demo' for the small model that comes along.",
+        description="Folder of the model in diffusers' layout, its name on the Hugging Face hub (ORGANISATION/NAME), "
+        "or 'demo' for the small models that come along.",
     )
-    model_type: Literal["auto", "sdxl"] = Field(
-        "auto", description="Family of the model; 'auto' reads it from the folder's model_index.json."
+    single_file_model: Path | None = Field(
+        None, description="The model as one .safetensors file; takes the place of model_id."
+    )
+    config_dir: Path | None = Field(
+        None,
+        description="Folder in diffusers' layout with the configurations and tokenizers for single_file_model; needed "
+        "for architectures other than SDXL and FLUX.",
+    )
+    model_type: Literal["auto", "sdxl", "flux"] = Field(
+        "auto",
+        description="Family of the model; 'auto' reads it from model_index.json or from the names in a single file.",
+    )
+    use_refiner: bool = Field(False, description="Load an SDXL refiner that finishes what the base began.")
+    refiner_id: str | None = Field(
+        None, min_length=1, description="Folder of the refiner, its name on the hub, or 'demo'; see model_id."
+    )
+    refiner_single_file_model: Path | None = Field(None, description="The refiner as one .safetensors file.")
+    refiner_config_dir: Path | None = Field(None, description="As config_dir, for refiner_single_file_model.")
+    lora: tuple[str, ...] = Field(
+        (),
+        description="NAME=PATH or NAME=PATH:SCALE of a LoRA adapter that requests may name; repeatable, or separated "
+        "by commas. SCALE multiplies what a request asks for.",
+    )
+    huggingface_token: SecretStr | None = Field(
+        None, description="Token for downloads from the Hugging Face hub; HF_TOKEN is read too."
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Where the model runs: auto (a GPU if there is one), cpu, cuda or cuda:N.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|enable_(model_cpu|sequential_cpu|group)_offload)$",
+        description="Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:N, or on a GPU that is too "
+        "small for it: enable_model_cpu_offload, enable_sequential_cpu_offload, enable_group_offload.",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Number format of the weights; 'auto' is float32 on the CPU, bfloat16 or float16 on a GPU."
     )
+    quantization: Literal["none", "fp8", "int8", "nf4"] = Field(
+        "none",
+        description="Smaller weights of the UNet or transformer: fp8 stores 8 bits and computes in dtype; int8 and nf4 "
+        "need the extra 'quantization'.",
+    )
+    vae_tiling: bool = Field(False, description="Decode large pictures in tiles: less memory, faint seams.")
+    vae_slicing: bool = Field(False, description="Decode pictures one by one: less memory.")
 
     # What a request may ask for
     max_steps: int = Field(150, ge=1, le=1000, description="Most denoising steps of one request.")
@@ -54,6 +89,7 @@ class Settings(BaseModel):
         16, ge=1, description="Most images of one request, counting prompts times num_images_per_prompt."
     )
     max_prompt_length: int = Field(10_000, ge=1, description="Most characters of one prompt.")
+    max_input_pixels: int = Field(16_777_216, ge=64, description="Most pixels of an input image before it is resized.")
     max_body_size: int = Field(33_554_432, ge=1024, description="Most bytes of a request body, also once unpacked.")
     body_timeout: float = Field(
         30.0, gt=0, description="Seconds for the headers, and again for the body, of a request to arrive."
@@ -122,7 +158,12 @@ class Settings(BaseModel):
     @property
     def limits(self) -> Limits:
         return Limits(
-            self.max_steps, self.max_pixels, self.max_images_per_request, self.max_prompt_length, self.max_side
+            self.max_steps,
+            self.max_pixels,
+            self.max_images_per_request,
+            self.max_prompt_length,
+            self.max_side,
+            self.max_input_pixels,
         )
 
     def ignored(self) -> list[str]:
@@ -154,7 +195,7 @@ def load_settings(
 
     for origin, pairs in ((f" in {env_file}", _read_env_file(env_file)), (" in the environment", environment)):
         for name in Settings.model_fields:
-            value = pairs.get(name.upper())
+            value = pairs.get(name.upper(), pairs.get(ALIASES.get(name, "")))
             # Kubernetes announces a Service called "http" as HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
             if value is not None and not value.startswith("tcp://"):
                 take(name, value, f"{name.upper()}{origin}")
@@ -174,7 +215,8 @@ def load_settings(
         if typing.get_origin(Settings.model_fields[name].annotation) is Literal:
             choices = ", ".join(typing.get_args(Settings.model_fields[name].annotation))
             message = f"must be one of {choices}"
-        shown = "" if name == "api_key" else f" is {str(detail['input'])[:80]!r}, but"
+        secret = "SecretStr" in str(Settings.model_fields[name].annotation)
+        shown = "" if secret else f" is {str(detail['input'])[:80]!r}, but"
         raise InvalidSettings(
             f"{sources.get(name, name)}{shown} {_sentence(message)} ({Settings.model_fields[name].description})"
         ) from None
@@ -194,12 +236,20 @@ def _read_env_file(path: Path) -> Mapping[str, str]:
         raise InvalidSettings(f"{path} cannot be read: {error}.") from None
 
 
-def _from_text(value: str, field: FieldInfo) -> object:
+def _from_text(value: str | list[str], field: FieldInfo) -> object:
     """An empty value or ``none`` means "unset" where a setting may be unset; pydantic reads everything else."""
+    if _repeatable(field):
+        given = [value] if isinstance(value, str) else value
+        return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
+    assert isinstance(value, str)
     optional = type(None) in typing.get_args(field.annotation)
     if optional and value.strip().lower() in ("", "none"):
         return None
     return value.strip()
+
+
+def _repeatable(field: FieldInfo) -> bool:
+    return typing.get_origin(field.annotation) is tuple
 
 
 class _Parser(argparse.ArgumentParser):
@@ -227,11 +277,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, field in Settings.model_fields.items():
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        # A flag for a boolean may stand alone.
-        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
-        default = "unset" if field.default is None else field.default
+        # A flag for a boolean may stand alone; one for several values may be repeated.
+        extra: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        if _repeatable(field):
+            extra = {"action": "append"}
+        default = "unset" if field.default in (None, ()) else field.default
         text = f"{field.description} (default: {default})".replace("%", "%%")
-        parser.add_argument(*flags, dest=name, metavar=_metavar(field), help=text, **alone)
+        parser.add_argument(*flags, dest=name, metavar=_metavar(field), help=text, **extra)
     return parser
 
 

@@ -139,7 +139,10 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
                 call = oip.parse_infer(body, header)
             else:
                 call = await asyncio.to_thread(oip.parse_infer, body, header)
-            requests = model.resolve(call.requests)
+            if any(request.image is not None for request in call.requests):
+                requests = await asyncio.to_thread(model.resolve, call.requests)
+            else:
+                requests = model.resolve(call.requests)
             oip.check_pixels(call, requests)
             ticket = model.submit(requests, call.timeout)
             accepted = True

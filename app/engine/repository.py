@@ -11,7 +11,8 @@ from typing import Any
 from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
 from app.errors import ModelNotFound, ModelNotReady
-from app.generation import GenerateRequest, Limits, check_limits
+from app.generation import GenerateRequest, Limits, Pixels, check_limits
+from app.images import decode_image
 
 
 class State(enum.StrEnum):
@@ -90,12 +91,30 @@ class Model:
         family = self._batcher.ready.result()
         # Sizes and counts first: what follows does work for each request.
         check_limits(requests, self.limits)
-        resolved = [family.resolve(request) for request in requests]
+        resolved = [family.resolve(request) for request in self._read_images(requests)]
         check_limits(resolved, self.limits)
         return tuple(
             request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))
             for request in resolved
         )
+
+    def _read_images(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+        """Unpack the input images; one that serves several prompts is unpacked once."""
+        read: dict[tuple[str, bytes], Pixels] = {}
+
+        def pixels(name: str, file: Pixels | bytes | None) -> Pixels | None:
+            if not isinstance(file, bytes):
+                return file
+            if (name, file) not in read:
+                read[name, file] = decode_image(name, file, self.limits.max_input_pixels)
+            return read[name, file]
+
+        return [
+            replace(request, image=pixels("image", request.image), mask_image=pixels("mask_image", request.mask_image))
+            if request.image is not None
+            else request
+            for request in requests
+        ]
 
     def submit(
         self, requests: Sequence[GenerateRequest], timeout: float | None = None, listener: Listener | None = None

@@ -20,12 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 
 from app.errors import InvalidRequest
 from app.generation import (
+    ALIASES,
     PARAMETERS,
     GeneratedImage,
     GenerateRequest,
     Generation,
     Kind,
     Parameter,
+    Pixels,
     nearest,
     parse_parameter,
 )
@@ -42,6 +44,8 @@ MAX_NAMES = 256
 """Names in one JSON object; no message needs as many."""
 MAX_ELEMENTS = 8192
 """Elements of one input; refused before work is done for each of them."""
+MAX_JSON_IMAGE = 3 * 1024 * 1024
+"""Numbers of an input image in JSON; larger ones come as binary data or as an encoded file."""
 MAX_JSON_PIXELS = 4_194_304
 """Numbers of the output ``pixels`` in JSON; writing more would hold up everybody else."""
 
@@ -273,21 +277,16 @@ def _read_inputs(message: InferenceRequest, tail: memoryview) -> dict[str, list[
     for tensor in message.inputs:
         parameter = _known_input(tensor.name, values)
         try:
-            count = tensors.element_count(tensor.shape)
-            if count > MAX_ELEMENTS:
-                raise InvalidRequest(f"it may have at most {MAX_ELEMENTS} elements, not {count}.")
             size = _binary_size(tensor)
-            if size is None:
-                flat: Sequence[tensors.Value] = tensors.read_json(tensor.data, tensor.datatype, tensor.shape)
-            else:
+            raw = None
+            if size is not None:
                 if position + size > len(tail):
                     raise InvalidRequest(
                         f"binary_data_size is {_quote(size)}, but {len(tail) - position} bytes are left."
                     )
                 raw = tail[position : position + size]
-                flat = tensors.read_binary(raw, tensor.datatype, tensor.shape)
                 position += size
-            values[parameter.name] = _input_values(parameter, tensor, flat)
+            values[parameter.name] = _input_values(parameter, tensor, raw)
         except InvalidRequest as error:
             raise InvalidRequest(f"Input {parameter.name}: {error}") from None
     if position != len(tail):
@@ -296,11 +295,12 @@ def _read_inputs(message: InferenceRequest, tail: memoryview) -> dict[str, list[
 
 
 def _known_input(name: str, values: Mapping[str, object]) -> Parameter:
-    if name not in PARAMETERS:
+    parameter = PARAMETERS.get(ALIASES.get(name, name))
+    if parameter is None:
         raise InvalidRequest(f"There is no input {_quote(name)}{nearest(name, PARAMETERS)}.")
-    if name in values:
-        raise InvalidRequest(f"Input {name} is given twice.")
-    return PARAMETERS[name]
+    if parameter.name in values:
+        raise InvalidRequest(f"Input {parameter.name} is given twice.")
+    return parameter
 
 
 def _binary_size(tensor: RequestInput) -> int | None:
@@ -315,22 +315,86 @@ def _binary_size(tensor: RequestInput) -> int | None:
     return size
 
 
-def _input_values(parameter: Parameter, tensor: RequestInput, flat: Sequence[tensors.Value]) -> list[object]:
-    if (tensor.datatype == "BYTES") != (parameter.kind is Kind.TEXT) or tensor.datatype == "BOOL":
-        expected = "BYTES" if parameter.kind is Kind.TEXT else "a number type such as INT64 or FP32"
-        raise InvalidRequest(f"datatype must be {expected}, not {tensor.datatype}.")
-    raw: Sequence[object] = flat
-    if parameter.kind is Kind.PAIR:
+def _input_values(parameter: Parameter, tensor: RequestInput, raw: memoryview | None) -> list[object]:
+    """One input's values in its parameter's type: one for each prompt, or one for all of them."""
+    tensors.check_datatype(tensor.datatype)
+    kind = parameter.kind
+    if kind is Kind.IMAGE and tensor.datatype == "UINT8":
+        return [parse_parameter(parameter.name, pixels) for pixels in _read_pixels(parameter, tensor, raw)]
+    expected = _DATATYPE_OF_KIND.get(kind)
+    if tensor.datatype != expected and (expected or tensor.datatype in ("BYTES", "BOOL")):
+        also = " or UINT8" if kind is Kind.IMAGE else ""
+        wanted = f"{expected}{also}" if expected else "a number type such as INT64 or FP32"
+        raise InvalidRequest(f"datatype must be {wanted}, not {tensor.datatype}.")
+    flat = _read_elements(tensor, raw)
+    values: list[object] = list(flat)
+    if kind is Kind.PAIR:
         if tensor.shape[-1:] != [2] or len(tensor.shape) > 2:
             raise InvalidRequest(f"shape must be [2] or [n, 2], not {_quote(tensor.shape)}.")
-        raw = list(zip(flat[::2], flat[1::2], strict=True))
+        values = list(zip(flat[::2], flat[1::2], strict=True))
     elif len(tensor.shape) != 1:
-        raise InvalidRequest(f"shape must be [1] or [n], not {_quote(tensor.shape)}.")
-    if not raw:
+        wanted = "[k], one list for all prompts" if kind is Kind.LIST else "[1] or [n]"
+        raise InvalidRequest(f"shape must be {wanted}, not {_quote(tensor.shape)}.")
+    if not values:
         raise InvalidRequest("it has no element.")
-    if parameter.kind is Kind.TEXT:
-        raw = [_text(parameter.name, value) for value in raw]
-    return [parse_parameter(parameter.name, value) for value in raw]
+    if kind is Kind.LIST:
+        values = [tuple(values)]
+    elif kind is Kind.IMAGE:
+        values = [_image_file(parameter.name, value) for value in values]
+    elif kind in (Kind.TEXT, Kind.ADAPTERS):
+        values = [_text(parameter.name, value) for value in values]
+    return [parse_parameter(parameter.name, value) for value in values]
+
+
+_DATATYPE_OF_KIND = {Kind.TEXT: "BYTES", Kind.ADAPTERS: "BYTES", Kind.IMAGE: "BYTES", Kind.BOOLEAN: "BOOL"}
+"""All other kinds are numbers of whatever type holds them exactly."""
+
+
+def _read_elements(tensor: RequestInput, raw: memoryview | None, most: int = MAX_ELEMENTS) -> list[tensors.Value]:
+    count = tensors.element_count(tensor.shape)
+    if count > most:
+        raise InvalidRequest(f"it may have at most {most} elements, not {count}.")
+    if raw is None:
+        return tensors.read_json(tensor.data, tensor.datatype, tensor.shape)
+    return tensors.read_binary(raw, tensor.datatype, tensor.shape)
+
+
+def _image_file(name: str, value: object) -> bytes:
+    """A file's bytes: as they are in binary data, as base64 text in JSON."""
+    if isinstance(value, bytes):
+        return value
+    assert isinstance(value, str)
+    # Browsers' canvases hand out data URLs; the part behind the comma is what counts.
+    if value.startswith("data:"):
+        value = value.partition(",")[2]
+    try:
+        return base64.b64decode("".join(value.split()), validate=True)
+    except ValueError:
+        raise InvalidRequest(
+            f"{name} must be a file's bytes, in JSON as base64; addresses and file names are not read."
+        ) from None
+
+
+def _read_pixels(parameter: Parameter, tensor: RequestInput, raw: memoryview | None) -> list[Pixels]:
+    """Pictures sent as numbers: ``[h, w, 3]`` or ``[n, h, w, 3]``, masks ``[h, w]`` or ``[n, h, w]``."""
+    channels = 1 if parameter.name == "mask_image" else 3
+    shape = tensor.shape
+    sides = shape[:-1] if channels == 3 else shape
+    if len(sides) not in (2, 3) or (channels == 3 and shape[-1] != 3):
+        wanted = "[h, w, 3] or [n, h, w, 3]" if channels == 3 else "[h, w] or [n, h, w]"
+        raise InvalidRequest(f"shape must be {wanted}, not {_quote(shape)}.")
+    count = tensors.element_count(shape)
+    if not count:
+        raise InvalidRequest("it has no element.")
+    if raw is None:
+        data = bytes(_read_elements(tensor, raw, MAX_JSON_IMAGE))  # type: ignore[arg-type]
+    elif len(raw) != count:
+        raise InvalidRequest(f"UINT8 data of shape {_quote(shape)} needs {count} bytes, got {len(raw)}.")
+    else:
+        data = bytes(raw)
+    height, width = sides[-2:]
+    size = height * width * channels
+    return [Pixels(data[i : i + size], height, width, channels) for i in range(0, count, size)]
 
 
 def _text(name: str, value: object) -> object:
@@ -351,15 +415,23 @@ def _take_parameters(message: InferenceRequest, values: dict[str, list[object]])
         if name in ("binary_data_output", "timeout"):
             options[name] = value
             continue
-        if name not in PARAMETERS:
+        parameter = PARAMETERS.get(ALIASES.get(name, name))
+        if parameter is None:
             known = [*PARAMETERS, "binary_data_output", "timeout"]
             raise InvalidRequest(f"There is no parameter {_quote(name)}{nearest(name, known)}.")
-        if name in values:
-            raise InvalidRequest(f"{name} is given twice, as an input and as a parameter.")
-        if PARAMETERS[name].kind is Kind.PAIR:
-            raise InvalidRequest(f"{name} is a pair; give it as an input of shape [2].")
-        values[name] = [parse_parameter(name, _text(name, value))]
+        if parameter.name in values:
+            raise InvalidRequest(f"{parameter.name} is given twice, as an input and as a parameter.")
+        if parameter.kind in _TENSORS_ONLY:
+            raise InvalidRequest(f"{parameter.name} {_TENSORS_ONLY[parameter.kind]}.")
+        values[parameter.name] = [parse_parameter(parameter.name, _text(parameter.name, value))]
     return options
+
+
+_TENSORS_ONLY = {
+    Kind.PAIR: "is a pair; give it as an input of shape [2]",
+    Kind.LIST: "is a list; give it as an input of shape [k]",
+    Kind.IMAGE: "is an image; give it as an input",
+}
 
 
 def _requests(values: Mapping[str, list[object]]) -> tuple[GenerateRequest, ...]:
@@ -506,7 +578,7 @@ def _response_parameters(call: InferCall, generation: Generation) -> dict[str, S
     parameters: dict[str, Scalar] = {"content_type": request.output_format.media_type}
     for field in dataclasses.fields(GenerateRequest):
         value = getattr(request, field.name)
-        if field.name in call.given or field.name == "seed" or value is None:
+        if field.name in call.given or field.name == "seed" or value is None or isinstance(value, Pixels | bytes):
             continue
         if isinstance(value, tuple):
             value = json.dumps(value)
@@ -521,7 +593,16 @@ def _response_parameters(call: InferCall, generation: Generation) -> dict[str, S
 
 # --- Metadata --------------------------------------------------------------------------------------------------
 
-_DATATYPES = {Kind.TEXT: "BYTES", Kind.INTEGER: "INT64", Kind.NUMBER: "FP32", Kind.PAIR: "INT64"}
+_DATATYPES = {
+    Kind.TEXT: "BYTES",
+    Kind.INTEGER: "INT64",
+    Kind.NUMBER: "FP32",
+    Kind.BOOLEAN: "BOOL",
+    Kind.PAIR: "INT64",
+    Kind.LIST: "FP32",
+    Kind.ADAPTERS: "BYTES",
+    Kind.IMAGE: "BYTES",
+}
 
 
 def model_metadata(name: str) -> ModelMetadata:
