@@ -59,7 +59,7 @@ class Instant(Family[FakeJob]):
         for job in jobs:
             job.step_index += 1
 
-    def decode(self, jobs: Sequence[FakeJob]) -> np.ndarray:
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
         pictures = [np.full((job.request.height, job.request.width, 3), job.value % 256, np.uint8) for job in jobs]
         return np.stack(pictures)
 
@@ -123,7 +123,7 @@ class FailsAt(Instant):
         self._fail("step", [job.request for job in jobs])
         super().step(jobs)
 
-    def decode(self, jobs: Sequence[FakeJob]) -> np.ndarray:
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
         self._fail("decode", [job.request for job in jobs])
         return super().decode(jobs)
 

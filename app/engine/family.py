@@ -46,6 +46,10 @@ class Family(abc.ABC, Generic[J]):
     maxima: Mapping[str, int] = MappingProxyType({})
     """Largest values of parameters that the model itself bounds."""
 
+    interleaves: bool = True
+    """False where going from one job to another is costly, because weights move to the device and back: the batcher
+    then finishes what it began before it lets others in."""
+
     @abc.abstractmethod
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         """Fill in the model's own defaults.
@@ -70,9 +74,28 @@ class Family(abc.ABC, Generic[J]):
     def step(self, jobs: Sequence[J]) -> None:
         """One forward pass for all `jobs`, which share a signature; each advances by one step."""
 
+    def rows(self, job: J) -> int:
+        """Rows that `job` brings to a forward pass: two with classifier-free guidance."""
+        del job
+        return 1
+
     @abc.abstractmethod
-    def decode(self, jobs: Sequence[J]) -> np.ndarray:
-        """The pictures of `jobs`, which share a signature: uint8 ``[n, h, w, 3]``, RGB."""
+    def decode(self, jobs: Sequence[J], tiled: bool = False) -> np.ndarray:
+        """The pictures of `jobs`, which share a signature: uint8 ``[n, h, w, 3]``, RGB.
+
+        Args:
+            jobs: done.
+            tiled: in tiles, which takes little memory and may leave faint seams.
+
+        Raises:
+            OutOfMemory: tiles may help.
+            GenerationFailed: there is no picture, such as for latents that are not finite.
+        """
+
+    def preview(self, job: J) -> np.ndarray | None:
+        """What `job`'s latents show so far, small and cheap: uint8 ``[h, w, 3]``; ``None`` where nothing cheap is."""
+        del job
+        return None
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         """Sentences for the caller about what of a resolved request has no effect."""

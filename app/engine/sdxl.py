@@ -313,7 +313,8 @@ class SdxlFamily(Family[SdxlJob]):
     # --- decode ------------------------------------------------------------------------------------------------
 
     @on_device
-    def decode(self, jobs: Sequence[SdxlJob]) -> np.ndarray:
+    def decode(self, jobs: Sequence[SdxlJob], tiled: bool = False) -> np.ndarray:
+        del tiled
         latents = torch.cat([job.latents for job in jobs]).to(self._vae.dtype)
         config = self._vae.config
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
