@@ -74,6 +74,9 @@ class Family(abc.ABC, Generic[J]):
     def step(self, jobs: Sequence[J]) -> None:
         """One forward pass for all `jobs`, which share a signature; each advances by one step."""
 
+    decode_retries: int = 0
+    """Pictures that came out as no numbers in half precision and were decoded once more in float32; counts up."""
+
     def rows(self, job: J) -> int:
         """Rows that `job` brings to a forward pass: two with classifier-free guidance."""
         del job
