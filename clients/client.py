@@ -82,8 +82,8 @@ class ServerError(ClientError):
 class Parameters(TypedDict, total=False):
     """What shapes a picture besides its prompt; whatever is left out or ``None`` is the model's own choice.
 
-    Sizes are pairs of height and width in pixels. `seed` is that of the first picture of a prompt, the next has
-    ``seed + 1``. The server judges every value and names the ones it refuses.
+    Sizes are pairs of height and width in pixels. Images are bytes of PNG, JPEG or WebP files. `seed` is that of the
+    first picture of a prompt, the next has ``seed + 1``. The server judges every value and names the ones it refuses.
     """
 
     prompt_2: str | None
@@ -94,14 +94,33 @@ class Parameters(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     guidance_rescale: float | None
+    true_cfg_scale: float | None
+    image: bytes | None
+    mask_image: bytes | None
+    strength: float | None
     seed: int | None
     num_images_per_prompt: int | None
     clip_skip: int | None
     scheduler: str | None
+    use_karras_sigmas: bool | None
+    use_exponential_sigmas: bool | None
+    use_beta_sigmas: bool | None
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    eta: float | None
     original_size: tuple[int, int] | None
     crops_coords_top_left: tuple[int, int] | None
     target_size: tuple[int, int] | None
+    negative_original_size: tuple[int, int] | None
+    negative_crops_coords_top_left: tuple[int, int] | None
+    negative_target_size: tuple[int, int] | None
+    aesthetic_score: float | None
+    negative_aesthetic_score: float | None
+    denoising_limit: float | None
     denoising_end: float | None
+    max_sequence_length: int | None
+    loras: str | None
     output_format: Literal["png", "jpeg", "webp"] | None
 
 
@@ -169,9 +188,13 @@ def write_request(
     inputs: list[dict[str, Any]] = [{"name": "prompt", "shape": [len(prompts)], "datatype": "BYTES", "data": prompts}]
     scalars: dict[str, object] = {"binary_data_output": binary}
     for name, value in parameters.items():
-        # Parameters of the protocol are scalars; a pair needs a tensor.
+        # Parameters of the protocol are scalars; everything else needs a tensor.
         if isinstance(value, tuple | list):
-            inputs.append({"name": name, "shape": [len(value)], "datatype": "INT64", "data": list(value)})
+            datatype = "INT64" if all(isinstance(element, int) for element in value) else "FP64"
+            inputs.append({"name": name, "shape": [len(value)], "datatype": datatype, "data": list(value)})
+        elif isinstance(value, bytes):
+            text = base64.b64encode(value).decode("ascii")
+            inputs.append({"name": name, "shape": [1], "datatype": "BYTES", "data": [text]})
         elif value is not None:
             scalars[name] = value
     message: dict[str, Any] = {"inputs": inputs, "parameters": scalars}

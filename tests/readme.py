@@ -12,6 +12,16 @@ from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DATATYPES = {
+    Kind.TEXT: "BYTES",
+    Kind.INTEGER: "integer",
+    Kind.NUMBER: "number",
+    Kind.BOOLEAN: "BOOL",
+    Kind.PAIR: "integers, `[2]`",
+    Kind.LIST: "numbers, `[k]`",
+    Kind.ADAPTERS: "BYTES",
+    Kind.IMAGE: "BYTES or UINT8",
+}
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -21,8 +31,7 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def parameters() -> str:
-    datatypes = {Kind.TEXT: "BYTES", Kind.INTEGER: "integer", Kind.NUMBER: "number", Kind.PAIR: "integers, `[2]`"}
-    rows = [[f"`{p.name}`", datatypes[p.kind], p.description] for p in PARAMETERS.values()]
+    rows = [[f"`{p.name}`", DATATYPES[p.kind], p.description] for p in PARAMETERS.values()]
     return table("name | datatype | meaning", rows)
 
 
@@ -45,7 +54,7 @@ def settings() -> str:
     rows = []
     for name, field in Settings.model_fields.items():
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-        rows.append([f"`{name}`", "" if default is None else f"`{default}`", field.description or ""])
+        rows.append([f"`{name}`", "" if default in (None, ()) else f"`{default}`", field.description or ""])
     return table("name | default | meaning", rows)
 
 

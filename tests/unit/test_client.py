@@ -115,14 +115,35 @@ def test_the_server_reads_every_parameter_as_it_was_given() -> None:
         crops_coords_top_left=(0, 8),
         target_size=(64, 128),
         denoising_end=0.8,
+        true_cfg_scale=2.5,
+        image=b"\x89PNG",
+        mask_image=b"RIFF",
+        strength=0.6,
+        use_karras_sigmas=True,
+        use_exponential_sigmas=False,
+        use_beta_sigmas=False,
+        timestep_spacing="trailing",
+        timesteps=(999, 500),
+        sigmas=(14.6, 0.1),
+        eta=0.1,
+        negative_original_size=(1, 2),
+        negative_crops_coords_top_left=(3, 4),
+        negative_target_size=(5, 6),
+        aesthetic_score=6.5,
+        negative_aesthetic_score=2.5,
+        denoising_limit=0.7,
+        max_sequence_length=128,
+        loras="style:0.5, detail",
         output_format="webp",
     )
+    assert set(parameters) == set(PARAMETERS) - {"prompt"}
     call = oip.parse_infer(wire.write_request(["a", "b"], parameters, binary=False, request_id="mine"), None)
     assert call.id == "mine"
     assert [request.prompt for request in call.requests] == ["a", "b"]
     for request in call.requests:
         for name, value in parameters.items():
-            assert getattr(request, name) == (ImageFormat.WEBP if name == "output_format" else value)
+            expected = {"output_format": ImageFormat.WEBP, "loras": (("style", 0.5), ("detail", 1.0))}.get(name, value)
+            assert getattr(request, name) == expected
 
 
 def test_what_is_none_is_left_to_the_model() -> None:

@@ -74,7 +74,26 @@ def test_every_parameter_can_come_as_an_input() -> None:
         tensor("original_size", "INT64", [1024, 768]),
         tensor("crops_coords_top_left", "INT64", [[0, 64]], [1, 2]),
         tensor("target_size", "INT64", [512, 512]),
+        tensor("true_cfg_scale", "FP32", [1.5]),
+        tensor("image", "BYTES", ["AAE="]),
+        tensor("mask_image", "UINT8", [0, 255], [1, 2]),
+        tensor("strength", "FP32", [0.5]),
+        tensor("use_karras_sigmas", "BOOL", [True]),
+        tensor("use_exponential_sigmas", "BOOL", [False]),
+        tensor("use_beta_sigmas", "BOOL", [False]),
+        tensor("timestep_spacing", "BYTES", ["Trailing"]),
+        tensor("timesteps", "INT64", [999, 500]),
+        tensor("sigmas", "FP32", [14.5, 1.0, 0.5]),
+        tensor("eta", "FP32", [0.25]),
+        tensor("negative_original_size", "INT64", [1, 2]),
+        tensor("negative_crops_coords_top_left", "INT64", [3, 4]),
+        tensor("negative_target_size", "INT64", [5, 6]),
+        tensor("aesthetic_score", "FP32", [6.5]),
+        tensor("negative_aesthetic_score", "FP32", [2.5]),
+        tensor("high_noise_frac", "FP32", [0.875]),
         tensor("denoising_end", "FP32", [0.75]),
+        tensor("max_sequence_length", "INT64", [256]),
+        tensor("loras", "BYTES", ["style:0.5, detail"]),
         tensor("output_format", "BYTES", ["jpg"]),
     )
     assert call.given == set(PARAMETERS)
@@ -96,17 +115,51 @@ def test_every_parameter_can_come_as_an_input() -> None:
             original_size=(1024, 768),
             crops_coords_top_left=(0, 64),
             target_size=(512, 512),
+            true_cfg_scale=1.5,
+            image=b"\0\1",
+            mask_image=Pixels(b"\0\xff", height=1, width=2, channels=1),
+            strength=0.5,
+            use_karras_sigmas=True,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+            timestep_spacing="trailing",
+            timesteps=(999.0, 500.0),
+            sigmas=(14.5, 1.0, 0.5),
+            eta=0.25,
+            negative_original_size=(1, 2),
+            negative_crops_coords_top_left=(3, 4),
+            negative_target_size=(5, 6),
+            aesthetic_score=6.5,
+            negative_aesthetic_score=2.5,
+            denoising_limit=0.875,
             denoising_end=0.75,
+            max_sequence_length=256,
+            loras=(("style", 0.5), ("detail", 1.0)),
             output_format=ImageFormat.JPEG,
         ),
     )
 
 
-@pytest.mark.parametrize("name", [name for name, p in PARAMETERS.items() if p.kind is not Kind.PAIR])
+SCALARS: dict[Kind, Any] = {
+    Kind.TEXT: "png",
+    Kind.INTEGER: 8,
+    Kind.NUMBER: 0.5,
+    Kind.BOOLEAN: True,
+    Kind.ADAPTERS: "style:0.5",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, p in PARAMETERS.items() if p.kind in SCALARS])
 def test_every_scalar_can_come_as_a_request_parameter(name: str) -> None:
-    value: Any = {Kind.TEXT: "png", Kind.INTEGER: 8, Kind.NUMBER: 0.5}[PARAMETERS[name].kind]
+    value = "leading" if name == "timestep_spacing" else SCALARS[PARAMETERS[name].kind]
     call = parse(*([] if name == "prompt" else [PROMPT]), parameters={name: value})
-    assert getattr(call.requests[0], name) == value
+    assert getattr(call.requests[0], name) == ((("style", 0.5),) if name == "loras" else value)
+
+
+@pytest.mark.parametrize("name", [name for name, p in PARAMETERS.items() if p.kind not in SCALARS])
+def test_pairs_lists_and_images_are_inputs_and_nothing_else(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name} is an? .* give it as an input"):
+        parse(PROMPT, parameters={name: "AAEC"})
 
 
 def test_one_value_serves_all_prompts_and_several_go_one_to_each() -> None:
