@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from app.api import documentation, edge, oip
+from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
 from app.engine.repository import Model, Repository, State
@@ -93,7 +94,8 @@ def create_app(
         openapi_url=None,
     )
     edge.install_error_handlers(app)
-    app.include_router(oip.router(repository, telemetry, settings, version))
+    serving = Serving(repository, telemetry, settings)
+    app.include_router(oip.router(serving, version))
     if settings.enable_docs_url:
         documentation.install(app, settings, model)
 

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-
 from fastapi import APIRouter, Request, Response
 
 from app.api import documentation, edge
+from app.api.serving import Serving
 from app.engine.repository import Model, Repository, State
-from app.errors import RuntimeFault
 from app.generation import Generation
 from app.protocol import oip
-from app.settings import Settings
-from app.telemetry import Telemetry
-
-logger = logging.getLogger(__name__)
 
 JSON_LENGTH = "Inference-Header-Content-Length"
-INLINE_BYTES = 64 * 1024
-"""Bodies up to this size are read on the event loop; larger ones would keep it from answering health."""
 
 
-def router(repository: Repository, telemetry: Telemetry, settings: Settings, version: str) -> APIRouter:
+def router(serving: Serving, version: str) -> APIRouter:
     """Every route of the protocol.
 
     Args:
-        repository: the models.
-        telemetry: where seconds and refusals are counted.
-        settings: body limits and whether to log latencies.
+        serving: the models and the way to their pictures.
         version: of this server, as its metadata tells.
     """
     routes = APIRouter()
+    repository, settings = serving.repository, serving.settings
 
     @routes.get(
         "/v2",
@@ -124,47 +113,14 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
         **documentation.infer(settings),
     )
     async def infer(request: Request) -> Response:
-        started = time.monotonic()
-        accepted = False
-        name = "-"  # in the log, only what the server itself is called
-        generation: Generation | None = None
-        status = 200
-        try:
-            model = _find(repository, request)
-            name = model.name
-            model.require_ready()
-            body = await edge.read_body(request, settings)
-            header = request.headers.get(JSON_LENGTH)
-            if len(body) <= INLINE_BYTES:
-                call = oip.parse_infer(body, header)
-            else:
-                call = await asyncio.to_thread(oip.parse_infer, body, header)
-            if any(request.image is not None for request in call.requests):
-                requests = await asyncio.to_thread(model.resolve, call.requests)
-            else:
-                requests = model.resolve(call.requests)
-            oip.check_pixels(call, requests)
-            ticket = model.submit(requests, call.timeout)
-            accepted = True
-            submitted = time.monotonic()
-            telemetry.preprocess.observe(submitted - started)
-            generation = await edge.wait_for(ticket, request)
-            finished = time.monotonic()
-            telemetry.predict.observe(finished - submitted)
-            version = request.path_params.get("model_version")
-            answer, json_length = await asyncio.to_thread(oip.write_infer, call, generation, name, version)
-            telemetry.postprocess.observe(time.monotonic() - finished)
-        except RuntimeFault as fault:
-            status = edge.HTTP_STATUS[fault.code]
-            if not accepted:
-                telemetry.rejected(fault.code)
-            raise
-        except Exception:
-            status = 500
-            raise
-        finally:
-            if settings.enable_latency_logging:
-                _log_latency(name, status, started, generation)
+        def parse(body: bytes) -> oip.InferCall:
+            return oip.parse_infer(body, request.headers.get(JSON_LENGTH))
+
+        def write(call: oip.InferCall, generation: Generation) -> tuple[bytes, int | None]:
+            names = request.path_params
+            return oip.write_infer(call, generation, names["model_name"], names.get("model_version"))
+
+        answer, json_length = await serving.answer("infer", request, parse, write, oip.check_pixels)
         if json_length is None:
             return Response(answer, media_type="application/json")
         headers = {JSON_LENGTH: str(json_length)}
@@ -176,14 +132,3 @@ def router(repository: Repository, telemetry: Telemetry, settings: Settings, ver
 def _find(repository: Repository, request: Request) -> Model:
     """The model that the path names, in the version that it names, if any."""
     return repository.get(request.path_params["model_name"], request.path_params.get("model_version"))
-
-
-def _log_latency(model_name: str, status: int, started: float, generation: Generation | None) -> None:
-    fields: dict[str, object] = {"model": model_name, "status": status}
-    if generation is not None:
-        timings = generation.timings
-        fields["images"] = len(generation.images)
-        for stage in ("queue", "denoise", "decode", "encode"):
-            fields[f"{stage}_s"] = round(getattr(timings, stage), 4)
-    fields["total_s"] = round(time.monotonic() - started, 4)
-    logger.info("infer", extra={"fields": fields})
