@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import difflib
 import enum
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -256,10 +259,12 @@ PARAMETERS: Mapping[str, Parameter] = MappingProxyType(
 ALIASES: Mapping[str, str] = MappingProxyType({"high_noise_frac": "denoising_limit"})
 """Other names that callers know a parameter by."""
 
-SPACINGS = ("linspace", "leading", "trailing")
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+SIGMA_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 MAX_LIST = 1000
 """Numbers of one list; no model is trained with more timesteps."""
 MAX_ADAPTERS = 16
+MAX_ADAPTERS_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,29 +317,45 @@ def _list(parameter: Parameter, value: object) -> tuple[float, ...]:
 
 def _adapters(parameter: Parameter, value: object) -> tuple[tuple[str, float], ...]:
     """``"a:0.5, b"``, ``["a:0.5", "b"]`` or ``{"a": 0.5, "b": 1}``; no adapter at all is an empty tuple."""
+    parts: object = value
     if isinstance(value, Mapping):
-        pairs: list[tuple[object, object]] = list(value.items())
-    else:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-            raise InvalidRequest(f"{parameter.name} must be names such as 'style:0.8, detail', not {describe(value)}.")
-        pairs = [_adapter(parameter, part.strip()) for part in parts if part.strip()]
-    if len(pairs) > MAX_ADAPTERS:
-        raise InvalidRequest(f"{parameter.name} may name at most {MAX_ADAPTERS} adapters, not {len(pairs)}.")
-    adapters = tuple((str(name), _number(parameter, scale)) for name, scale in pairs)
+        parts = list(value.items())
+    elif isinstance(value, str):
+        if len(value) > MAX_ADAPTERS_TEXT:
+            raise InvalidRequest(f"{parameter.name} may have at most {MAX_ADAPTERS_TEXT} characters.")
+        parts = [part for part in value.split(",") if part.strip()]
+    if not isinstance(parts, list | tuple):
+        raise InvalidRequest(f"{parameter.name} must be names such as 'style:0.8, detail', not {describe(value)}.")
+    if len(parts) > MAX_ADAPTERS:
+        raise InvalidRequest(f"{parameter.name} may name at most {MAX_ADAPTERS} adapters.")
+    adapters = tuple(_adapter(parameter, part) for part in parts)
     if len({name for name, _ in adapters}) < len(adapters):
         raise InvalidRequest(f"{parameter.name} names an adapter twice.")
     return adapters
 
 
-def _adapter(parameter: Parameter, text: str) -> tuple[str, float]:
-    name, colon, scale = text.rpartition(":")
-    if not colon:
-        return text, 1.0
-    try:
-        return name.strip(), float(scale)
-    except ValueError:
-        raise InvalidRequest(f"{parameter.name}: the scale in {describe(text)} is not a number.") from None
+def _adapter(parameter: Parameter, part: object) -> tuple[str, float]:
+    name, scale = part if isinstance(part, tuple) and len(part) == 2 else (part, 1.0)
+    if isinstance(part, str):
+        name, colon, text = part.rpartition(":")
+        if not colon:
+            name = part
+        elif not _NUMBER.fullmatch(text.strip()):
+            raise InvalidRequest(f"{parameter.name}: the scale in {describe(part)} is not a number.")
+        else:
+            scale = float(text)
+    if not isinstance(name, str) or not name.strip():
+        raise InvalidRequest(f"{parameter.name} must be names such as 'style:0.8, detail', not {describe(part)}.")
+    return name.strip(), _number(parameter, scale)
+
+
+# float() also reads underscores, "nan", "infinity" and other scripts' digits.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def write_adapters(adapters: Iterable[tuple[str, float]]) -> str:
+    """Adapters as a request names them: ``style:0.8,detail:1``."""
+    return ",".join(f"{name}:{scale:g}" for name, scale in adapters)
 
 
 def _image(parameter: Parameter, value: object) -> Pixels | bytes:
@@ -377,8 +398,8 @@ def _image_format(value: str) -> ImageFormat:
 
 
 def _spacing(value: str) -> str:
-    if value.lower() not in SPACINGS:
-        raise InvalidRequest(f"timestep_spacing must be one of {', '.join(SPACINGS)}, not {describe(value)}.")
+    if value.lower() not in TIMESTEP_SPACINGS:
+        raise InvalidRequest(f"timestep_spacing must be one of {', '.join(TIMESTEP_SPACINGS)}, not {describe(value)}.")
     return value.lower()
 
 
@@ -396,14 +417,6 @@ _PARSERS: Mapping[Kind, Callable[[Parameter, object], object]] = MappingProxyTyp
         Kind.IMAGE: _image,
     }
 )
-
-
-def describe(value: object) -> str:
-    """`value` as it can stand in a sentence, however long it is."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
-        return "a number with more than 30 digits"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
@@ -447,11 +460,21 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
                 f"timesteps and sigmas may have at most {limits.max_steps} numbers, not {steps} (the server's setting "
                 "max_steps)."
             )
-        _check_combinations(request)
 
 
-def _check_combinations(request: GenerateRequest) -> None:
-    """Refuse parameters that contradict each other, whatever the model."""
+def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None:
+    """Refuse parameters that the model does not have, or that contradict each other.
+
+    Args:
+        request: as the caller sent it, before a model has filled in its defaults.
+        taken: names of the parameters that the model has.
+
+    Raises:
+        InvalidRequest: naming them.
+    """
+    for parameter in fields(request):
+        if parameter.name not in taken and getattr(request, parameter.name) != parameter.default:
+            raise InvalidRequest(f"This model does not take {parameter.name}; its metadata lists what it takes.")
     if request.denoising_end == 0:
         raise InvalidRequest("denoising_end must be more than 0; leave it out to denoise to the end.")
     if request.denoising_limit == 0:
@@ -460,19 +483,90 @@ def _check_combinations(request: GenerateRequest) -> None:
         for name in ("mask_image", "strength"):
             if getattr(request, name) is not None:
                 raise InvalidRequest(f"{name} needs the input image.")
-    if request.timesteps is not None and request.sigmas is not None:
-        raise InvalidRequest("Give timesteps or sigmas, not both.")
-    spacings = [
-        name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if getattr(request, name)
-    ]
+    spacings = [name for name in SIGMA_SPACINGS if getattr(request, name)]
     if len(spacings) > 1:
         raise InvalidRequest(f"Give only one of {' and '.join(spacings)}.")
+    schedules = [name for name in ("timesteps", "sigmas") if getattr(request, name) is not None]
+    if len(schedules) > 1:
+        raise InvalidRequest("Give timesteps or sigmas, not both.")
+    for name in schedules:
+        _check_schedule(request, name, spacings)
+
+
+def _check_schedule(request: GenerateRequest, name: str, spacings: Sequence[str]) -> None:
+    """A schedule of the caller's own falls, and leaves nothing for other parameters to say about it."""
+    values: tuple[float, ...] = getattr(request, name)
+    if any(later >= earlier for earlier, later in itertools.pairwise(values)):
+        raise InvalidRequest(f"{name} must fall from each number to the next.")
+    if request.num_inference_steps not in (None, len(values)):
+        raise InvalidRequest(f"{name} has {len(values)} numbers, so leave num_inference_steps out.")
+    others = [*spacings, *(["timestep_spacing"] if request.timestep_spacing is not None else [])]
+    if others:
+        raise InvalidRequest(f"{name} and {others[0]} contradict each other; give only one of them.")
+
+
+# --- What sentences are made of --------------------------------------------------------------------------------
+
+SYNONYMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "text": ("prompt",),
+        "negative": ("negative_prompt",),
+        "size": ("height", "width"),
+        "steps": ("num_inference_steps",),
+        "num_steps": ("num_inference_steps",),
+        "sampling_steps": ("num_inference_steps",),
+        "cfg": ("guidance_scale",),
+        "cfg_scale": ("guidance_scale",),
+        "guidance": ("guidance_scale",),
+        "true_cfg": ("true_cfg_scale",),
+        "sampler": ("scheduler",),
+        "sampler_name": ("scheduler",),
+        "n": ("num_images_per_prompt",),
+        "batch_size": ("num_images_per_prompt",),
+        "num_images": ("num_images_per_prompt",),
+        "num_outputs": ("num_images_per_prompt",),
+        "init_image": ("image",),
+        "input_image": ("image",),
+        "mask": ("mask_image",),
+        "denoising_strength": ("strength",),
+        "prompt_strength": ("strength",),
+        "image_strength": ("strength",),
+        "refiner_start": ("denoising_limit",),
+        "switch_at": ("denoising_limit",),
+        "lora": ("loras",),
+        "adapters": ("loras",),
+        "lora_scale": ("loras",),
+        "response_format": ("output_format",),
+        "format": ("output_format",),
+    }
+)
+"""What other servers call a parameter; not taken here, but suggested."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxother = 60
+LONGEST_NUMBER = 30
+
+
+def describe(value: object) -> str:
+    """`value` as it can stand in a sentence, however long it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**LONGEST_NUMBER:
+        return f"a number with more than {LONGEST_NUMBER} digits"
+    return shorten(_SHORT.repr(value[:100] if isinstance(value, str | bytes) else value), most=60)
+
+
+def shorten(text: str, most: int = 100) -> str:
+    """At most that many characters of `text`, with dots where the rest was."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where something similar is known, else nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    """`` (did you mean 'x'?)`` where `name` is a common word for something known, or spelt like it; else nothing."""
+    known = list(known)
+    key = name[:60].lower().replace("-", "_")
+    meant = [synonym for synonym in SYNONYMS.get(key, ()) if synonym in known]
+    meant = meant or difflib.get_close_matches(name[:60], known, n=1)
+    return f" (did you mean {' and '.join(map(repr, meant))}?)" if meant else ""
 
 
 # --- What comes out --------------------------------------------------------------------------------------------

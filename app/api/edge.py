@@ -28,7 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app import errors
 from app.engine.batcher import Ticket
 from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
-from app.generation import Generation
+from app.generation import Generation, describe, shorten
 from app.settings import Settings
 from app.telemetry import Access, AccessLog, request_id
 
@@ -92,8 +92,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def http_handler(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         sentences = {
-            404: f"There is nothing at {_shorten(request.url.path)}; see /docs for what there is.",
-            405: f"{request.method} is not allowed at {_shorten(request.url.path)}.",
+            404: f"There is nothing at {shorten(request.url.path)}; see /docs for what there is.",
+            405: f"{request.method} is not allowed at {shorten(request.url.path)}.",
         }
         sentence = sentences.get(error.status_code, str(error.detail))
         return json_response({"error": sentence}, error.status_code, error.headers)
@@ -107,10 +107,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RuntimeFault, fault_handler)
     app.add_exception_handler(HTTPException, http_handler)
     app.add_exception_handler(RequestValidationError, validation_handler)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 # --- Every request ---------------------------------------------------------------------------------------------
@@ -205,9 +201,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     too_large = BodyTooLarge(f"The body has more than {limit} bytes (the server's setting max_body_size).")
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-        raise UnsupportedEncoding(
-            f"The content encoding {_shorten(encoding)!r} is not spoken here; use gzip or deflate."
-        )
+        raise UnsupportedEncoding(f"The content encoding {describe(encoding)} is not spoken here; use gzip or deflate.")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared[:20]) > limit:
         raise too_large

@@ -7,8 +7,9 @@ from fastapi import APIRouter, Request, Response
 from app.api import documentation, edge
 from app.api.serving import Serving
 from app.engine.repository import Model, Repository, State
-from app.generation import Generation
+from app.generation import PARAMETERS, Generation
 from app.protocol import oip
+from app.protocol.infer_request import parse_infer
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 
@@ -75,7 +76,8 @@ def router(serving: Serving, version: str) -> APIRouter:
     )
     async def model_metadata(request: Request) -> Response:
         model = _find(repository, request)
-        return edge.json_response(oip.model_metadata(model.name).model_dump())
+        taken = model.family.parameters if model.family else frozenset(PARAMETERS)
+        return edge.json_response(oip.model_metadata(model.name, taken).model_dump())
 
     @routes.get(
         "/v2/models/{model_name}/ready",
@@ -114,7 +116,7 @@ def router(serving: Serving, version: str) -> APIRouter:
     )
     async def infer(request: Request) -> Response:
         def parse(body: bytes) -> oip.InferCall:
-            return oip.parse_infer(body, request.headers.get(JSON_LENGTH))
+            return parse_infer(body, request.headers.get(JSON_LENGTH))
 
         def write(call: oip.InferCall, generation: Generation) -> tuple[bytes, int | None]:
             names = request.path_params

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from app.generation import GenerateRequest
+from app.generation import PARAMETERS, GenerateRequest
 
 
 @dataclass(slots=True)
@@ -42,6 +42,9 @@ J = TypeVar("J", bound=Job)
 
 class Family(abc.ABC, Generic[J]):
     """One loaded model. Only the thread that loaded it calls it, except `resolve`, which any thread may call."""
+
+    parameters: frozenset[str] = frozenset(PARAMETERS)
+    """Names of the parameters that the model takes; requests with others are refused before `resolve`."""
 
     maxima: Mapping[str, int] = MappingProxyType({})
     """Largest values of parameters that the model itself bounds."""

@@ -11,7 +11,7 @@ from typing import Any
 from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
 from app.errors import ModelNotFound, ModelNotReady
-from app.generation import GenerateRequest, Limits, Pixels, check_limits
+from app.generation import GenerateRequest, Limits, Pixels, check_combinations, check_limits, describe
 from app.images import decode_image
 
 
@@ -91,6 +91,8 @@ class Model:
         family = self._batcher.ready.result()
         # Sizes and counts first: what follows does work for each request.
         check_limits(requests, self.limits)
+        for request in requests:
+            check_combinations(request, family.parameters)
         resolved = [family.resolve(request) for request in self._read_images(requests)]
         check_limits(resolved, self.limits)
         return tuple(
@@ -151,10 +153,9 @@ class Repository:
         """
         model = self._models.get(name)
         if model is None:
-            shown = name if len(name) <= 60 else f"{name[:57]}..."
-            raise ModelNotFound(f"There is no model {shown!r}; there is {', '.join(self._models)}.")
+            raise ModelNotFound(f"There is no model {describe(name)}; there is {', '.join(self._models)}.")
         if version is not None and version != model.version:
-            raise ModelNotFound(f"The model {model.name} has no version {version[:60]!r}; it has {model.version}.")
+            raise ModelNotFound(f"The model {model.name} has no version {describe(version)}; it has {model.version}.")
         return model
 
     @property

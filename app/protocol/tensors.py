@@ -40,7 +40,7 @@ MAX_ELEMENTS = 2**31
 def check_datatype(datatype: str) -> None:
     if datatype != "BYTES" and datatype not in NUMPY_TYPES:
         known = ", ".join(["BYTES", *NUMPY_TYPES])
-        raise InvalidRequest(f"datatype {datatype[:40]!r} is not one of {known}.")
+        raise InvalidRequest(f"datatype {describe(datatype)} is not one of {known}.")
 
 
 def element_count(shape: Sequence[int]) -> int:

@@ -22,7 +22,7 @@ from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest, StartupError
 from app.generation import MAX_SEED, PARAMETERS, Kind
 from app.main import create_app
-from app.protocol import oip
+from app.protocol.infer_request import parse_infer
 from app.settings import Settings
 from tests.fakes import Strict
 
@@ -196,7 +196,7 @@ async def test_examples_follow_the_schema_and_are_read_and_served(
 ) -> None:
     for example in infer_examples(document).values():
         validator(document, "InferenceRequest").validate(example)
-        assert oip.parse_infer(json.dumps(example).encode(), None).requests[0].prompt
+        assert parse_infer(json.dumps(example).encode(), None).requests[0].prompt
         assert (await client.post(INFER, json=example)).status_code == 200
 
 
@@ -306,9 +306,9 @@ async def test_what_the_schema_leaves_to_the_text_is_read_as_the_text_says() -> 
         ],
         "parameters": {"timeout": 1_000_000},
     }
-    call = oip.parse_infer(json.dumps(request).encode(), None)
+    call = parse_infer(json.dumps(request).encode(), None)
     assert [(r.prompt, r.seed, r.guidance_scale) for r in call.requests] == [("one", 1, 3.5), ("two", 2, 3.5)]
     assert call.timeout == 1.0
-    assert oip.parse_infer(b"a prompt", "0").requests[0].prompt == "a prompt"
+    assert parse_infer(b"a prompt", "0").requests[0].prompt == "a prompt"
     with pytest.raises(InvalidRequest):
-        oip.parse_infer(b"{}", None)
+        parse_infer(b"{}", None)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.generation import PARAMETERS, ImageFormat
-from app.protocol import oip
+from app.protocol.infer_request import parse_infer
 from clients import client as wire
 from clients import paint
 from clients.client import AsyncClient, Client, Parameters, Picture, ServerError, UnreachableError
@@ -137,7 +137,7 @@ def test_the_server_reads_every_parameter_as_it_was_given() -> None:
         output_format="webp",
     )
     assert set(parameters) == set(PARAMETERS) - {"prompt"}
-    call = oip.parse_infer(wire.write_request(["a", "b"], parameters, binary=False, request_id="mine"), None)
+    call = parse_infer(wire.write_request(["a", "b"], parameters, binary=False, request_id="mine"), None)
     assert call.id == "mine"
     assert [request.prompt for request in call.requests] == ["a", "b"]
     for request in call.requests:
@@ -147,13 +147,13 @@ def test_the_server_reads_every_parameter_as_it_was_given() -> None:
 
 
 def test_what_is_none_is_left_to_the_model() -> None:
-    call = oip.parse_infer(wire.write_request("a", {"seed": None, "width": None}), None)
+    call = parse_infer(wire.write_request("a", {"seed": None, "width": None}), None)
     assert call.given == {"prompt"}
 
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_pictures_are_asked_for_as_bytes_or_as_json(binary: bool) -> None:
-    call = oip.parse_infer(wire.write_request("a", {}, binary), None)
+    call = parse_infer(wire.write_request("a", {}, binary), None)
     assert [output.binary for output in call.outputs] == [binary, binary]
 
 

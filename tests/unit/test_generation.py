@@ -13,11 +13,14 @@ from app.errors import InvalidRequest
 from app.generation import (
     MAX_SEED,
     PARAMETERS,
+    SYNONYMS,
     GenerateRequest,
     ImageFormat,
     Kind,
     Limits,
+    check_combinations,
     check_limits,
+    describe,
     nearest,
     parse_parameter,
 )
@@ -102,7 +105,7 @@ def test_any_value_is_taken_or_refused_never_changed(name: str, value: Any) -> N
         ({"prompt": "x" * 101}, "prompt must have at most 100 characters"),
         ({"negative_prompt_2": "x" * 101}, "negative_prompt_2 must have at most 100 characters"),
         ({"height": 4096, "width": 8}, "height must be at most 2048, not 4096.*max_side"),
-        ({"denoising_end": 0.0}, "denoising_end"),
+        ({"timesteps": (9.0,) * 51}, "at most 50 numbers, not 51.*max_steps"),
     ],
 )
 def test_what_is_too_much_is_refused_by_the_name_of_the_limit(parameters: dict[str, Any], message: str) -> None:
@@ -115,6 +118,52 @@ def test_images_of_all_prompts_count_together() -> None:
     check_limits([pair, pair], LIMITS)
     with pytest.raises(InvalidRequest, match="at most 4 images"):
         check_limits([pair, pair, GenerateRequest(prompt="p")], LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"denoising_end": 0.0}, "denoising_end must be more than 0"),
+        ({"denoising_limit": 0.0}, "denoising_limit must be more than 0"),
+        ({"strength": 0.5}, "strength needs the input image"),
+        ({"mask_image": b"x"}, "mask_image needs the input image"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas and use_beta_sigmas"),
+        ({"timesteps": (2.0, 1.0), "sigmas": (2.0, 1.0)}, "timesteps or sigmas, not both"),
+        ({"timesteps": (1.0, 2.0)}, "timesteps must fall"),
+        ({"sigmas": (2.0, 2.0)}, "sigmas must fall"),
+        ({"sigmas": (2.0, 1.0), "num_inference_steps": 3}, "has 2 numbers, so leave num_inference_steps out"),
+        ({"sigmas": (2.0, 1.0), "use_karras_sigmas": True}, "sigmas and use_karras_sigmas contradict"),
+        ({"timesteps": (2.0, 1.0), "timestep_spacing": "leading"}, "timesteps and timestep_spacing contradict"),
+        ({"max_sequence_length": 8}, "does not take max_sequence_length"),
+    ],
+)
+def test_what_contradicts_itself_or_the_model_is_refused_by_name(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_combinations(GenerateRequest(**{"prompt": "p", **parameters}), set(PARAMETERS) - {"max_sequence_length"})
+
+
+def test_what_agrees_is_taken_together() -> None:
+    for parameters in (
+        {"sigmas": (2.0, 1.0, 0.0), "num_inference_steps": 3, "use_karras_sigmas": False},
+        {"image": b"x", "mask_image": b"y", "strength": 0.0},
+        {"use_karras_sigmas": True, "use_beta_sigmas": False, "timestep_spacing": "leading"},
+    ):
+        check_combinations(GenerateRequest(prompt="p", **parameters), PARAMETERS)
+
+
+def test_what_others_call_a_parameter_is_suggested_by_its_name_here() -> None:
+    for word, names in SYNONYMS.items():
+        assert set(names) <= set(PARAMETERS) and word not in PARAMETERS
+    assert nearest("Steps", PARAMETERS) == " (did you mean 'num_inference_steps'?)"
+    assert nearest("cfg-scale", PARAMETERS) == " (did you mean 'guidance_scale'?)"
+    assert nearest("size", PARAMETERS) == " (did you mean 'height' and 'width'?)"
+    assert nearest("steps", ["inputs", "outputs"]) == ""
+
+
+def test_whatever_stands_in_a_sentence_is_short() -> None:
+    for value in ("x" * 10**6, b"x" * 10**6, [[1] * 1000] * 1000, 10**4000, {"x" * 1000: ["y" * 1000]}, [10**4000]):
+        assert len(describe(value)) <= 60
+    assert describe([1, 2]) == "[1, 2]" and describe("it's") == '"it\'s"'
 
 
 def test_the_nearest_known_name_is_suggested_only_when_it_is_near() -> None:

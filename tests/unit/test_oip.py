@@ -23,7 +23,8 @@ from app.generation import (
     Pixels,
     Timings,
 )
-from app.protocol.oip import InferCall, check_pixels, model_metadata, parse_infer, server_metadata, write_infer
+from app.protocol.infer_request import parse_infer
+from app.protocol.oip import InferCall, check_pixels, model_metadata, server_metadata, write_infer
 from app.protocol.tensors import write_strings
 
 PROMPT = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}
@@ -427,8 +428,9 @@ def test_pixels_in_json_are_flat_numbers() -> None:
 
 
 def test_metadata_lists_every_input_and_output_and_no_null() -> None:
-    metadata = model_metadata("sdxl")
+    metadata = model_metadata("sdxl", PARAMETERS)
     assert [tensor.name for tensor in metadata.inputs] == list(PARAMETERS)
     assert [tensor.name for tensor in metadata.outputs] == ["image", "seed", "pixels"]
     assert "null" not in metadata.model_dump_json()
+    assert [tensor.name for tensor in model_metadata("flux", {"prompt", "seed"}).inputs] == ["prompt", "seed"]
     assert server_metadata("1.0").extensions[0] == "binary_tensor_data"

@@ -1,0 +1,274 @@
+"""The body of an infer call, from bytes to `GenerateRequest`.
+
+Pure functions, which raise `InvalidRequest` and nothing else, whatever the bytes are.
+
+Source: KServe ``open-inference-protocol`` (REST) and Triton ``extension_binary_data.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from pydantic import ValidationError
+
+from app.errors import InvalidRequest
+from app.generation import (
+    ALIASES,
+    PARAMETERS,
+    GenerateRequest,
+    Kind,
+    Parameter,
+    Pixels,
+    describe,
+    nearest,
+    parse_parameter,
+)
+from app.protocol import tensors
+from app.protocol.oip import (
+    DEFAULT_OUTPUTS,
+    OUTPUTS,
+    InferCall,
+    InferenceRequest,
+    RequestedOutput,
+    RequestInput,
+    RequestOutput,
+    Scalar,
+)
+from app.protocol.strict_json import describe_validation, parse_json
+from app.protocol.values import MAX_JSON_NUMBERS, check_text, picture_shape, read_image_file, split_pictures
+
+MAX_ELEMENTS = 8192
+"""Elements of one input; refused before work is done for each of them."""
+
+
+def parse_infer(body: bytes, json_length: str | None) -> InferCall:
+    """Read the body of an infer call.
+
+    Args:
+        body: JSON, with the tensors' bytes behind it where there are any.
+        json_length: the header ``Inference-Header-Content-Length``, the number of bytes of JSON; without it, all of
+            `body` is JSON. 0 means that all of `body` is one prompt (Triton's raw binary request).
+
+    Raises:
+        InvalidRequest: with one sentence that says what to change.
+    """
+    length = _json_length(json_length, len(body))
+    if length == 0 and json_length is not None:
+        return _raw_request(body)
+    message = _parse_message(body[:length])
+    values = _read_inputs(message, memoryview(body)[length:])
+    options = _take_parameters(message, values)
+    return InferCall(
+        id=message.id,
+        requests=_requests(values),
+        given=frozenset(values),
+        outputs=_requested_outputs(message, options),
+        timeout=_timeout(options),
+    )
+
+
+def _json_length(header: str | None, total: int) -> int:
+    if header is None:
+        return total
+    # int() also takes signs, spaces, underscores and other scripts' digits.
+    if not re.fullmatch(r"[0-9]{1,18}", header):
+        raise InvalidRequest("Inference-Header-Content-Length must be the number of bytes of JSON.")
+    length = int(header)
+    if length > total:
+        raise InvalidRequest(f"Inference-Header-Content-Length is {length}, but the body has {total} bytes.")
+    return length
+
+
+def _raw_request(body: bytes) -> InferCall:
+    values: dict[str, list[object]] = {"prompt": [parse_parameter("prompt", check_text("prompt", body))]}
+    outputs = tuple(RequestedOutput(name, binary=True) for name in DEFAULT_OUTPUTS)
+    return InferCall(None, _requests(values), frozenset(values), outputs, None)
+
+
+def _parse_message(raw: bytes) -> InferenceRequest:
+    document = parse_json(raw)
+    if not isinstance(document, dict):
+        raise InvalidRequest("The body must be a JSON object with a list of inputs.")
+    try:
+        return InferenceRequest.model_validate(document)
+    except ValidationError as error:
+        raise InvalidRequest(describe_validation(error, _FIELDS)) from None
+
+
+_FIELDS = {*InferenceRequest.model_fields, *RequestInput.model_fields, *RequestOutput.model_fields}
+
+
+def _read_inputs(message: InferenceRequest, tail: memoryview) -> dict[str, list[object]]:
+    """Every input's values in the types of `GenerateRequest`, one for each prompt or one for all."""
+    values: dict[str, list[object]] = {}
+    position = 0
+    for tensor in message.inputs:
+        parameter = _known_input(tensor.name, values)
+        try:
+            size = _binary_size(tensor)
+            raw = None
+            if size is not None:
+                if position + size > len(tail):
+                    raise InvalidRequest(
+                        f"binary_data_size is {describe(size)}, but {len(tail) - position} bytes are left."
+                    )
+                raw = tail[position : position + size]
+                position += size
+            values[parameter.name] = _input_values(parameter, tensor, raw)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"Input {parameter.name}: {error}") from None
+    if position != len(tail):
+        raise InvalidRequest(f"{len(tail) - position} bytes follow the data of the last input.")
+    return values
+
+
+def _known_input(name: str, values: Mapping[str, object]) -> Parameter:
+    parameter = PARAMETERS.get(ALIASES.get(name, name))
+    if parameter is None:
+        raise InvalidRequest(f"There is no input {describe(name)}{nearest(name, PARAMETERS)}.")
+    if parameter.name in values:
+        raise InvalidRequest(f"Input {parameter.name} is given twice.")
+    return parameter
+
+
+def _binary_size(tensor: RequestInput) -> int | None:
+    parameters = dict(tensor.parameters or {})
+    size = parameters.pop("binary_data_size", None)
+    if parameters:
+        raise InvalidRequest(f"{describe(next(iter(parameters)))} is not a parameter of an input.")
+    if (size is None) == (tensor.data is None):
+        raise InvalidRequest("give exactly one of data and the parameter binary_data_size.")
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
+        raise InvalidRequest("binary_data_size must be a number of bytes.")
+    return size
+
+
+def _input_values(parameter: Parameter, tensor: RequestInput, raw: memoryview | None) -> list[object]:
+    """One input's values in its parameter's type: one for each prompt, or one for all of them."""
+    tensors.check_datatype(tensor.datatype)
+    kind = parameter.kind
+    if kind is Kind.IMAGE and tensor.datatype == "UINT8":
+        return [parse_parameter(parameter.name, pixels) for pixels in _read_pixels(parameter, tensor, raw)]
+    expected = _DATATYPE_OF_KIND.get(kind)
+    if tensor.datatype != expected and (expected or tensor.datatype in ("BYTES", "BOOL")):
+        also = " or UINT8" if kind is Kind.IMAGE else ""
+        wanted = f"{expected}{also}" if expected else "a number type such as INT64 or FP32"
+        raise InvalidRequest(f"datatype must be {wanted}, not {tensor.datatype}.")
+    flat = _read_elements(tensor, raw, MAX_ELEMENTS)
+    if not flat:
+        raise InvalidRequest("it has no element.")
+    return [parse_parameter(parameter.name, value) for value in _grouped(parameter, tensor.shape, flat)]
+
+
+_DATATYPE_OF_KIND = {Kind.TEXT: "BYTES", Kind.ADAPTERS: "BYTES", Kind.IMAGE: "BYTES", Kind.BOOLEAN: "BOOL"}
+"""All other kinds are numbers of whatever type holds them exactly."""
+
+
+def _read_elements(tensor: RequestInput, raw: memoryview | None, most: int) -> list[tensors.Value]:
+    count = tensors.element_count(tensor.shape)
+    if count > most:
+        raise InvalidRequest(f"it may have at most {most} elements, not {count}.")
+    if raw is None:
+        return tensors.read_json(tensor.data, tensor.datatype, tensor.shape)
+    return tensors.read_binary(raw, tensor.datatype, tensor.shape)
+
+
+def _grouped(parameter: Parameter, shape: Sequence[int], flat: Sequence[tensors.Value]) -> list[object]:
+    """Elements put together to values: pairs and lists take a row each, everything else is one element."""
+    if parameter.kind in (Kind.PAIR, Kind.LIST):
+        wanted = "[2] or [n, 2]" if parameter.kind is Kind.PAIR else "[k] or [n, k]"
+        if len(shape) not in (1, 2) or (parameter.kind is Kind.PAIR and shape[-1] != 2):
+            raise InvalidRequest(f"shape must be {wanted}, not {describe(list(shape))}.")
+        return [tuple(flat[i : i + shape[-1]]) for i in range(0, len(flat), shape[-1])]
+    if len(shape) != 1:
+        raise InvalidRequest(f"shape must be [1] or [n], not {describe(list(shape))}.")
+    if parameter.kind is Kind.IMAGE:
+        return [read_image_file(parameter.name, value) for value in flat]
+    return [check_text(parameter.name, value) for value in flat]
+
+
+def _read_pixels(parameter: Parameter, tensor: RequestInput, raw: memoryview | None) -> list[Pixels]:
+    count = tensors.element_count(tensor.shape)
+    pictures = picture_shape(parameter.name, tensor.shape)
+    if raw is None:
+        data = bytes(_read_elements(tensor, raw, MAX_JSON_NUMBERS))  # type: ignore[arg-type]
+    elif len(raw) != count:
+        raise InvalidRequest(f"UINT8 data of shape {describe(tensor.shape)} needs {count} bytes, got {len(raw)}.")
+    else:
+        data = bytes(raw)
+    return split_pictures(data, *pictures)
+
+
+def _take_parameters(message: InferenceRequest, values: dict[str, list[object]]) -> dict[str, Scalar]:
+    """Move scalars given as request parameters into `values`; what is left steers the answer."""
+    options: dict[str, Scalar] = {}
+    for name, value in (message.parameters or {}).items():
+        if name in ("binary_data_output", "timeout"):
+            options[name] = value
+            continue
+        parameter = PARAMETERS.get(ALIASES.get(name, name))
+        if parameter is None:
+            known = [*PARAMETERS, "binary_data_output", "timeout"]
+            raise InvalidRequest(f"There is no parameter {describe(name)}{nearest(name, known)}.")
+        if parameter.name in values:
+            raise InvalidRequest(f"{parameter.name} is given twice, as an input and as a parameter.")
+        if parameter.kind in _TENSORS_ONLY:
+            raise InvalidRequest(f"{parameter.name} {_TENSORS_ONLY[parameter.kind]}.")
+        values[parameter.name] = [parse_parameter(parameter.name, check_text(parameter.name, value))]
+    return options
+
+
+_TENSORS_ONLY = {
+    Kind.PAIR: "is a pair; give it as an input of shape [2]",
+    Kind.LIST: "is a list; give it as an input of shape [k]",
+    Kind.IMAGE: "is an image; give it as an input",
+}
+
+
+def _requests(values: Mapping[str, list[object]]) -> tuple[GenerateRequest, ...]:
+    if "prompt" not in values:
+        raise InvalidRequest("The input prompt is missing.")
+    count = len(values["prompt"])
+    for name, column in values.items():
+        if len(column) not in (1, count):
+            hint = " Several adapters for one prompt go into one text, with commas." if name == "loras" else ""
+            raise InvalidRequest(f"{name} has {len(column)} values; it needs 1, or {count} as prompt has.{hint}")
+    if len(set(values.get("output_format", ()))) > 1:
+        raise InvalidRequest("output_format must be the same for all prompts of a request.")
+    rows = [{name: column[i if len(column) == count else 0] for name, column in values.items()} for i in range(count)]
+    return tuple(GenerateRequest(**row) for row in rows)  # type: ignore[arg-type]
+
+
+def _requested_outputs(message: InferenceRequest, options: Mapping[str, Scalar]) -> tuple[RequestedOutput, ...]:
+    default = _boolean("binary_data_output", options.get("binary_data_output", False))
+    if not message.outputs:
+        return tuple(RequestedOutput(name, default) for name in DEFAULT_OUTPUTS)
+    chosen: dict[str, RequestedOutput] = {}
+    for output in message.outputs:
+        if output.name not in OUTPUTS:
+            raise InvalidRequest(f"There is no output {describe(output.name)}{nearest(output.name, OUTPUTS)}.")
+        if output.name in chosen:
+            raise InvalidRequest(f"Output {output.name} is asked for twice.")
+        parameters = dict(output.parameters or {})
+        binary = _boolean("binary_data", parameters.pop("binary_data", default))
+        if parameters:
+            raise InvalidRequest(f"{describe(next(iter(parameters)))} is not a parameter of an output.")
+        chosen[output.name] = RequestedOutput(output.name, binary)
+    return tuple(chosen.values())
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} must be true or false, not {describe(value)}.")
+    return value
+
+
+def _timeout(options: Mapping[str, Scalar]) -> float | None:
+    value = options.get("timeout")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise InvalidRequest("timeout must be a whole number of microseconds.")
+    # Triton reads 0 as "no timeout of mine".
+    return value / 1e6 if value else None
