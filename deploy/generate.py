@@ -1,0 +1,289 @@
+"""Writes the files in deploy/ that are made from others: ``python -m deploy.generate``.
+
+| file | made from |
+|---|---|
+| monitoring/dashboard.json | the panels below |
+| monitoring/prometheusrule.yaml | monitoring/rules.yaml |
+| runtime/openshift-ai/template.yaml | runtime/base/servingruntime.yaml and the patch in runtime/openshift-ai |
+
+A test compares them with what is committed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+RATE = "$__rate_interval"
+SERVICE = 'namespace=~"$namespace", model_name=~"$model"'
+"""Which series a panel shows; every metric of the server carries model_name, and a pod monitor adds the rest."""
+
+Panel = dict[str, Any]
+
+
+# --- The dashboard ---------------------------------------------------------------------------------------------
+
+
+def rate(metric: str, by: str = "model_name", matchers: str = "") -> str:
+    return f"sum by ({by}) (rate({metric}{{{SERVICE}{matchers}}}[{RATE}]))"
+
+
+def quantiles(histogram: str) -> list[tuple[str, str]]:
+    buckets = rate(f"{histogram}_bucket", "le")
+    return [(f"histogram_quantile({q}, {buckets})", f"p{q * 100:.0f}") for q in (0.5, 0.9, 0.99)]
+
+
+def mean(histogram: str, by: str) -> str:
+    return f"{rate(f'{histogram}_sum', by)} / {rate(f'{histogram}_count', by)}"
+
+
+def panel(kind: str, title: str, description: str, unit: str, *queries: tuple[str, str], stack: bool = False) -> Panel:
+    custom = {"fillOpacity": 20 if stack else 0, "stacking": {"mode": "normal" if stack else "none"}}
+    return {
+        "type": kind,
+        "title": title,
+        "description": description,
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "fieldConfig": {
+            "defaults": {"unit": unit, "min": 0, "custom": custom if kind == "timeseries" else {}},
+            "overrides": [],
+        },
+        "options": {} if kind == "stat" else {"tooltip": {"mode": "multi"}, "legend": {"displayMode": "list"}},
+        "targets": [
+            {"refId": chr(ord("A") + number), "expr": expr, "legendFormat": legend}
+            for number, (expr, legend) in enumerate(queries)
+        ],
+    }
+
+
+def stat(title: str, description: str, unit: str, query: str) -> Panel:
+    return panel("stat", title, description, unit, (query, "{{model_name}}"))
+
+
+def graph(title: str, description: str, unit: str, *queries: tuple[str, str], stack: bool = False) -> Panel:
+    return panel("timeseries", title, description, unit, *queries, stack=stack)
+
+
+def own(metric: str) -> str:
+    """A metric of the process itself, which has no model_name, for our servers only."""
+    return f"{metric} and on (job, instance) sdxl_model_ready{{{SERVICE}}}"
+
+
+ROWS: list[tuple[str, list[Panel]]] = [
+    (
+        "Now",
+        [
+            stat("Ready replicas", "", "none", f"sum by (model_name) (sdxl_model_ready{{{SERVICE}}})"),
+            stat("Images per minute", "", "none", f"60 * {rate('sdxl_images_total')}"),
+            stat("Images waiting", "", "none", f"sum by (model_name) (sdxl_pending_images{{{SERVICE}}})"),
+            stat("Requests turned away per minute", "", "none", f"60 * {rate('sdxl_rejected_total')} or vector(0)"),
+        ],
+    ),
+    (
+        "Load",
+        [
+            graph(
+                "Images in the house",
+                "Waiting images have not taken a step yet. This is what autoscaling looks at.",
+                "none",
+                (f"sum(sdxl_running_images{{{SERVICE}}})", "running"),
+                (f"sum(sdxl_pending_images{{{SERVICE}}})", "waiting"),
+                stack=True,
+            ),
+            graph(
+                "Requests per second",
+                "Rejected: never accepted, such as an invalid one or one too many. Failed: accepted, and no picture.",
+                "reqps",
+                (rate("request_predict_seconds_count"), "finished"),
+                (rate("sdxl_failed_total", "reason"), "failed: {{reason}}"),
+                (rate("sdxl_rejected_total", "reason"), "rejected: {{reason}}"),
+                (rate("sdxl_cancelled_total"), "cancelled"),
+                stack=True,
+            ),
+            graph(
+                "Images per second, by replica",
+                "",
+                "none",
+                (f"rate(sdxl_images_total{{{SERVICE}}}[{RATE}])", "{{pod}}{{instance}}"),
+            ),
+        ],
+    ),
+    (
+        "Time",
+        [
+            graph(
+                "Request",
+                "From acceptance to the last finished image.",
+                "s",
+                *quantiles("request_predict_seconds"),
+            ),
+            graph("Waiting", "From acceptance to the first step.", "s", *quantiles("sdxl_queue_wait_seconds")),
+            graph(
+                "Stages, on average",
+                "text_encode, denoise_step and decode are for all images that shared a pass; encode is for one image.",
+                "s",
+                (mean("sdxl_stage_seconds", "stage"), "{{stage}}"),
+            ),
+            graph(
+                "Reading and writing, on average",
+                "What the server adds on the way in and out.",
+                "s",
+                (mean("request_preprocess_seconds", "model_name"), "reading"),
+                (mean("request_postprocess_seconds", "model_name"), "writing"),
+            ),
+        ],
+    ),
+    (
+        "Device",
+        [
+            graph("Steps per second", "Counted once for each image.", "none", (rate("sdxl_steps_total"), "steps")),
+            graph(
+                "Images per forward pass, on average",
+                "The larger, the better the device is used, and the slower each single image.",
+                "none",
+                (mean("sdxl_rows_per_forward_pass", "model_name"), "images"),
+            ),
+            graph(
+                "Device busy",
+                "Share of the time spent in text encoders, denoising and decoding, by replica.",
+                "percentunit",
+                (
+                    f'sum by (instance) (rate(sdxl_stage_seconds_sum{{{SERVICE}, stage!="encode"}}[{RATE}]))',
+                    "{{instance}}",
+                ),
+            ),
+        ],
+    ),
+    (
+        "Process",
+        [
+            graph("Memory", "", "bytes", (own("process_resident_memory_bytes"), "{{pod}}{{instance}}")),
+            graph("CPU", "", "none", (own(f"rate(process_cpu_seconds_total[{RATE}])"), "{{pod}}{{instance}}")),
+            graph("Open files", "", "none", (own("process_open_fds"), "{{pod}}{{instance}}")),
+            graph(
+                "Time to ready",
+                "From the start of the process to the ready model.",
+                "s",
+                (f"sdxl_model_load_seconds{{{SERVICE}}}", "{{pod}}{{instance}}"),
+            ),
+        ],
+    ),
+]
+
+
+def variable(name: str, label: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "label": label.capitalize(),
+        "type": "query",
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "query": f"label_values(sdxl_model_ready, {label})",
+        "includeAll": True,
+        "multi": True,
+        # Also where there is no such label, as without a cluster.
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
+        "refresh": 2,
+        "sort": 1,
+    }
+
+
+def dashboard() -> dict[str, Any]:
+    """Rows of panels, side by side on Grafana's grid of 24 columns."""
+    panels: list[Panel] = []
+    top = 0
+    for title, row in ROWS:
+        panels.append(
+            {"type": "row", "title": title, "collapsed": False, "gridPos": {"x": 0, "y": top, "w": 24, "h": 1}}
+        )
+        width, height = 24 // len(row), 4 if row[0]["type"] == "stat" else 8
+        for column, each in enumerate(row):
+            panels.append(each | {"gridPos": {"x": column * width, "y": top + 1, "w": width, "h": height}})
+        top += 1 + height
+    return {
+        "uid": "sdxl-runtime",
+        "title": "Stable Diffusion XL Runtime",
+        "tags": ["kserve", "sdxl-runtime"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {
+            "list": [
+                {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+                variable("namespace", "namespace"),
+                variable("model", "model_name"),
+            ]
+        },
+        "panels": [each | {"id": number} for number, each in enumerate(panels, start=1)],
+    }
+
+
+# --- Alerts for Prometheus Operator, template for OpenShift AI -------------------------------------------------
+
+
+def prometheus_rule() -> dict[str, Any]:
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {
+            "name": "sdxl-runtime",
+            "labels": {"app.kubernetes.io/name": "sdxl-runtime", "monitoring.opendatahub.io/scrape": "true"},
+        },
+        "spec": read("monitoring/rules.yaml"),
+    }
+
+
+def openshift_template() -> dict[str, Any]:
+    runtime = read("runtime/base/servingruntime.yaml")
+    patch = yaml.safe_load(read("runtime/openshift-ai/kustomization.yaml")["patches"][0]["patch"])
+    for part in ("labels", "annotations"):
+        runtime["metadata"][part] = runtime["metadata"].get(part, {}) | patch["metadata"][part]
+    return {
+        "apiVersion": "template.openshift.io/v1",
+        "kind": "Template",
+        "metadata": {
+            "name": "sdxl-runtime-template",
+            "labels": {"opendatahub.io/dashboard": "true"},
+            "annotations": {
+                "description": "Serves Stable Diffusion XL and FLUX over the Open Inference Protocol",
+                "openshift.io/display-name": patch["metadata"]["annotations"]["openshift.io/display-name"],
+                "opendatahub.io/apiProtocol": "REST",
+                "opendatahub.io/model-type": '["generative"]',
+                "opendatahub.io/modelServingSupport": '["single"]',
+                "tags": "kserve,servingruntime,diffusers,sdxl,flux",
+            },
+        },
+        "objects": [runtime],
+        "parameters": [],
+    }
+
+
+# --- Files -----------------------------------------------------------------------------------------------------
+
+
+def read(path: str) -> Any:
+    return yaml.safe_load((HERE / path).read_text(encoding="utf-8"))
+
+
+def as_yaml(content: dict[str, Any], source: str) -> str:
+    text = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+    return f"# Made from {source} by deploy/generate.py; change it there.\n{text}"
+
+
+def files() -> dict[Path, str]:
+    """Every generated file with its text."""
+    return {
+        HERE / "monitoring/dashboard.json": json.dumps(dashboard(), indent=2) + "\n",
+        HERE / "monitoring/prometheusrule.yaml": as_yaml(prometheus_rule(), "rules.yaml"),
+        HERE / "runtime/openshift-ai/template.yaml": as_yaml(openshift_template(), "../base/servingruntime.yaml"),
+    }
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
