@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Response
 
-from app.api import documentation, edge, oip
+from app.api import documentation, edge, oip, v1
 from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
@@ -96,6 +96,7 @@ def create_app(
     edge.install_error_handlers(app)
     serving = Serving(repository, telemetry, settings)
     app.include_router(oip.router(serving, version))
+    app.include_router(v1.router(serving))
     if settings.enable_docs_url:
         documentation.install(app, settings, model)
 

@@ -88,6 +88,18 @@ curl -fsS "$URL/v2/models/$MODEL/infer" -H 'Content-Type: application/json' -o "
 decode "$OUT/batch.json" 0 "$OUT/batch-1.png"
 decode "$OUT/batch.json" 1 "$OUT/batch-2.png"
 
+# --- Protocol v1 ---
+# An instance holds the pipeline's keywords. One prediction for each picture; the header X-Seed names their seeds.
+
+curl -fsS "$URL/v1/models/$MODEL:predict" -H 'Content-Type: application/json' -o "$OUT/v1.json" -d '{
+    "instances": [
+        {"prompt": "a red circle on a white background", "num_inference_steps": 20, "guidance_scale": 5.0, "seed": 7}
+    ]
+}'
+python3 -c 'import base64, json, sys
+answer = json.load(open(sys.argv[1], encoding="utf-8"))
+open(sys.argv[2], "wb").write(base64.b64decode(answer["predictions"][0]["image"]["b64"]))' "$OUT/v1.json" "$OUT/v1.png"
+
 # --- An error ---
 # Every error is {"error": "a sentence"}; without -f curl shows it. This one is 400 and names the right spelling.
 

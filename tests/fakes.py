@@ -128,6 +128,13 @@ class FailsAt(Instant):
         return super().decode(jobs)
 
 
+class Warns(Instant):
+    """Has no refiner and says so, as SDXL does."""
+
+    def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
+        return ("denoising_limit has no effect without a refiner.",) if request.denoising_limit else ()
+
+
 class Dies(Instant):
     """Takes its thread along: raises what no handler catches."""
 

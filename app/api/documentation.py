@@ -8,18 +8,18 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import fastapi_offline
 from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from app.api import edge, infer_schema
+from app.api import edge, infer_schema, predict_schema
 from app.engine.family import Family
 from app.engine.repository import Model
-from app.generation import GenerateRequest
+from app.generation import PARAMETERS, GenerateRequest
 from app.protocol import oip
 from app.settings import Settings
 
@@ -35,6 +35,7 @@ TAGS = [
     {"name": "Pictures", "description": "From prompt to picture."},
     {"name": "Model", "description": "What the model takes and gives, and whether it is ready."},
     {"name": "Server", "description": "Who is answering, and how it is."},
+    {"name": "Protocol v1", "description": "KServe's first protocol, for clients that speak it."},
     {"name": "Operations", "description": "For those who run it."},
 ]
 
@@ -67,6 +68,7 @@ _ERRORS = {
 """Status to what it means and a sentence that comes with it."""
 
 _INFER_SCHEMA = "#/components/schemas/InferenceRequest"
+_PREDICT_SCHEMA = "#/components/schemas/PredictRequest"
 
 _HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
@@ -83,6 +85,11 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "What to send.",
         "required": True,
         "schema": {"type": "string", "const": "Bearer"},
+    },
+    "X-Seed": {
+        "description": "The seed of each picture, in the order of the predictions.",
+        "required": True,
+        "schema": {"type": "string", "pattern": r"^\d+(, \d+)*$"},
     },
     "Inference-Header-Content-Length": {
         "description": "In a binary answer: the number of bytes of JSON before the tensors' bytes.",
@@ -112,13 +119,39 @@ class ModelReady(BaseModel):
     error: str | None = None
 
 
+class Alive(BaseModel):
+    status: Literal["alive", "dead"]
+    error: str | None = None
+
+
+class Models(BaseModel):
+    models: list[str]
+
+
+class EncodedImage(BaseModel):
+    format: Literal["PNG", "JPEG", "WEBP"]
+    b64: str
+
+
+class Prediction(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model_name: str
+    prompt: str
+    image: EncodedImage
+
+
+class PredictResponse(BaseModel):
+    predictions: list[Prediction]
+
+
 def answers(model: type[BaseModel], not_found: bool = False) -> dict[str, Any]:
     """What a route answers, as keyword arguments for its decorator."""
     responses: dict[int | str, dict[str, Any]] = {200: {"model": model, "description": "As asked."}}
     if not_found:
         responses |= _errors(404)
     responses |= _errors(500)
-    if issubclass(model, Live | Ready | ModelReady):
+    if issubclass(model, Live | Ready | ModelReady | Alive):
         responses[503] = {"model": model, "description": "Not so, and why."}
     return {"responses": responses, "response_class": Response}
 
@@ -134,11 +167,28 @@ def infer(settings: Settings) -> dict[str, Any]:
         200: {"model": oip.InferenceResponse, "description": description, "content": media_types},
         **_errors(400, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507),
     }
+    examples = infer_schema.examples(settings.limits)
+    return _generation(infer_schema.DESCRIPTION, responses, _INFER_SCHEMA, examples)
+
+
+def predict(settings: Settings) -> dict[str, Any]:
+    """What the v1 predict route takes and answers, as keyword arguments for its decorator."""
+    example = {"application/json": {"example": predict_schema.answer(settings.model_name)}}
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"model": PredictResponse, "description": "The pictures.", "content": example},
+        **_errors(400, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507),
+    }
+    return _generation(predict_schema.DESCRIPTION, responses, _PREDICT_SCHEMA, predict_schema.examples(settings.limits))
+
+
+def _generation(
+    description: str, responses: dict[int | str, dict[str, Any]], schema: str, examples: dict[str, Any]
+) -> dict[str, Any]:
     # What the schema says depends on the model, which is not there yet; `_document` brings it.
-    content = {"schema": {"$ref": _INFER_SCHEMA}, "examples": infer_schema.examples(settings.limits)}
+    content = {"schema": {"$ref": schema}, "examples": examples}
     body = {"required": True, "content": {"application/json": content}}
     return {
-        "description": infer_schema.DESCRIPTION,
+        "description": description,
         "responses": responses,
         "response_class": Response,
         "openapi_extra": {"requestBody": body},
@@ -205,8 +255,10 @@ def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> d
     )
     request = GenerateRequest(prompt="")
     defaults, maxima = (family.resolve(request), family.maxima) if family else (request, {})
+    taken = family.parameters if family else frozenset(PARAMETERS)
     components = _without_null(document["components"])
     components["schemas"]["InferenceRequest"] = infer_schema.schema(settings.limits, defaults, maxima)
+    components["schemas"]["PredictRequest"] = predict_schema.schema(settings.limits, defaults, maxima, taken)
     # FastAPI's own validation never speaks: what a path holds is text, and bodies are read by hand.
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
@@ -247,6 +299,8 @@ def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:
         headers = ["X-Request-Id", *_HEADERS_OF.get(status, ())]
         if "application/octet-stream" in response["content"]:
             headers.append("Inference-Header-Content-Length")
+        if status == "200" and path.endswith(":predict"):
+            headers.append("X-Seed")
         response["headers"] = {header: {"$ref": f"#/components/headers/{header}"} for header in headers}
     operation["responses"] = dict(sorted(responses.items()))
 

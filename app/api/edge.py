@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app import errors
 from app.engine.batcher import Ticket
+from app.engine.repository import Model, State
 from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
 from app.generation import Generation, describe, shorten
 from app.settings import Settings
@@ -56,8 +57,10 @@ HTTP_STATUS: Mapping[str, int] = {
 }
 """The only place that knows what an error is called in HTTP."""
 
-OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+OPEN_PATHS = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 """Paths that need no key: an orchestrator's probes carry none."""
+
+NOT_LIVE = "The device thread is gone; restart the server."
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -68,6 +71,13 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     # ASCII only: an error may quote text that is no valid Unicode.
     return Response(json.dumps(content), status, headers=headers, media_type="application/json")
+
+
+def readiness_response(model: Model) -> Response:
+    if model.state is State.READY:
+        return json_response({"name": model.name, "ready": True})
+    sentence = f"The model {model.name} is {model.state}."
+    return json_response({"name": model.name, "ready": False, "error": sentence}, 503)
 
 
 def error_response(fault: RuntimeFault) -> Response:

@@ -111,7 +111,7 @@ def _tensor(parameter: Parameter, datatype: str, count: int, element: dict[str, 
 
 def _parameters(limits: Limits, defaults: GenerateRequest, maxima: Mapping[str, int]) -> dict[str, Any]:
     """What travels as request parameters: all that is no tensor of its own."""
-    side = {"multipleOf": SIZE_STEP, "maximum": _longest_side(limits)}
+    side = {"multipleOf": SIZE_STEP, "maximum": longest_side(limits)}
     schedulers = [defaults.scheduler, *(name for name in NAMES if name not in PICKY_SCHEDULERS)]
     narrower: dict[str, dict[str, Any]] = {
         "height": side,
@@ -145,7 +145,7 @@ def _parameters(limits: Limits, defaults: GenerateRequest, maxima: Mapping[str, 
     return schemas
 
 
-def _longest_side(limits: Limits) -> int:
+def longest_side(limits: Limits) -> int:
     """The largest height and width that fit together, however they are paired."""
     side = min(limits.max_side, math.isqrt(limits.max_pixels))
     return side // SIZE_STEP * SIZE_STEP

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from app.api import documentation, edge
 from app.api.serving import Serving
-from app.engine.repository import Model, Repository, State
+from app.engine.repository import Model, Repository
 from app.generation import PARAMETERS, Generation
 from app.protocol import oip
 from app.protocol.infer_request import parse_infer
@@ -45,7 +45,7 @@ def router(serving: Serving, version: str) -> APIRouter:
         live = repository.live
         if live:
             return edge.json_response({"live": True})
-        return edge.json_response({"live": False, "error": "The device thread is gone; restart the server."}, 503)
+        return edge.json_response({"live": False, "error": edge.NOT_LIVE}, 503)
 
     @routes.get(
         "/v2/health/ready",
@@ -94,11 +94,7 @@ def router(serving: Serving, version: str) -> APIRouter:
         **documentation.answers(documentation.ModelReady, not_found=True),
     )
     async def model_ready(request: Request) -> Response:
-        model = _find(repository, request)
-        if model.state is State.READY:
-            return edge.json_response({"name": model.name, "ready": True})
-        sentence = f"The model {model.name} is {model.state}."
-        return edge.json_response({"name": model.name, "ready": False, "error": sentence}, 503)
+        return edge.readiness_response(_find(repository, request))
 
     @routes.post(
         "/v2/models/{model_name}/infer",

@@ -232,10 +232,10 @@ def test_every_curl_example_works_as_it_stands(server: Server, tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, "")
     assert '{"live": true}' in done.stdout
     pictures = {path.stem: open_picture(path) for path in tmp_path.glob("*.png")}
-    assert set(pictures) == {"json", "binary", "raw", "gzip", "batch-1", "batch-2"}
+    assert set(pictures) == {"json", "binary", "raw", "gzip", "batch-1", "batch-2", "v1"}
     assert {picture.format for picture in pictures.values()} == {"PNG"}
     for name in pictures:
         # No byte of another tensor follows the picture's.
         assert (tmp_path / f"{name}.png").read_bytes().endswith(b"IEND\xaeB`\x82")
-    assert pictures["json"].tobytes() == pictures["binary"].tobytes()
+    assert pictures["json"].tobytes() == pictures["binary"].tobytes() == pictures["v1"].tobytes()
     assert "did you mean" in json.loads((tmp_path / "error.json").read_text())["error"]

@@ -20,6 +20,7 @@ import uvicorn
 
 from app.main import create_app
 from app.settings import Settings
+from tests.e2e.conftest import clean_environment
 from tests.fakes import Strict
 
 
@@ -53,7 +54,13 @@ def test_schemathesis_finds_nothing(api_key: str | None, tmp_path: Path) -> None
         command += ["--header", f"Authorization: Bearer {api_key}"]
     with serve(settings) as url:
         result = subprocess.run(
-            [*command, f"{url}/openapi.json"], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600
+            [*command, f"{url}/openapi.json"],
+            check=False,
+            cwd=tmp_path,
+            env=clean_environment(SCHEMATHESIS_HOOKS="tests.schemathesis_formats"),
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "No issues found" in result.stdout, result.stdout

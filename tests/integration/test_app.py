@@ -18,7 +18,7 @@ from app.engine.family import Family
 from app.errors import ModelLoadFailed
 from app.main import create_app
 from app.settings import Settings
-from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory
+from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory, Warns
 
 INFER = "/v2/models/m/infer"
 
@@ -253,6 +253,17 @@ async def test_the_latency_line_names_the_request_and_its_stages_and_never_the_p
     fields = record.__dict__["fields"]
     assert fields["model"] == "m" and fields["status"] == 200 and fields["images"] == 1
     assert {"queue_s", "denoise_s", "decode_s", "encode_s", "total_s"} <= set(fields)
+    assert "secret wish" not in caplog.text
+
+
+async def test_what_has_no_effect_in_protocol_v1_is_told_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    instance = {"prompt": "a secret wish", "denoising_limit": 0.8}
+    async with running(Warns) as client:
+        for _ in range(3):
+            answer = await client.post("/v1/models/m:predict", json={"instances": [instance, instance]})
+            assert answer.status_code == 200 and list(answer.json()) == ["predictions"]
+    told = [record for record in caplog.records if "denoising_limit has no effect" in record.getMessage()]
+    assert [record.levelname for record in told] == ["WARNING"]
     assert "secret wish" not in caplog.text
 
 

@@ -17,6 +17,7 @@ import schemathesis
 
 from app.api import edge
 from app.api.infer_schema import PICKY_SCHEDULERS
+from app.api.predict_schema import TOLD_IN_TEXT
 from app.engine.family import Family
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest, StartupError
@@ -27,6 +28,7 @@ from app.settings import Settings
 from tests.fakes import Strict
 
 INFER = "/v2/models/sdxl/infer"
+PREDICT = "/v1/models/sdxl:predict"
 OPERATIONS = {
     ("get", "/v2"),
     ("get", "/v2/health/live"),
@@ -37,6 +39,10 @@ OPERATIONS = {
     ("get", "/v2/models/{model_name}/versions/{model_version}/ready"),
     ("post", "/v2/models/{model_name}/infer"),
     ("post", "/v2/models/{model_name}/versions/{model_version}/infer"),
+    ("get", "/"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model_name}"),
+    ("post", "/v1/models/{model_name}:predict"),
     ("get", "/metrics"),
 }
 
@@ -96,9 +102,24 @@ def infer_operation(document: dict[str, Any]) -> dict[str, Any]:
     return operation
 
 
-def infer_examples(document: dict[str, Any]) -> dict[str, Any]:
-    examples = infer_operation(document)["requestBody"]["content"]["application/json"]["examples"]
+def predict_operation(document: dict[str, Any]) -> dict[str, Any]:
+    operation: dict[str, Any] = document["paths"]["/v1/models/{model_name}:predict"]["post"]
+    return operation
+
+
+def examples_of(operation: dict[str, Any]) -> dict[str, Any]:
+    examples = operation["requestBody"]["content"]["application/json"]["examples"]
     return {name: example["value"] for name, example in examples.items()}
+
+
+def infer_examples(document: dict[str, Any]) -> dict[str, Any]:
+    return examples_of(infer_operation(document))
+
+
+def instance_schema(document: dict[str, Any]) -> dict[str, Any]:
+    request = document["components"]["schemas"]["PredictRequest"]["properties"]
+    properties: dict[str, Any] = request["instances"]["items"]["properties"]
+    return properties
 
 
 def documented_parameters(document: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +196,17 @@ async def test_defaults_and_bounds_of_the_model_are_told_once_it_is_loaded() -> 
     assert after["scheduler"]["default"] == "Euler" and after["clip_skip"]["maximum"] == 2
 
 
+async def test_every_keyword_of_an_instance_is_told_with_its_meaning_and_its_bounds() -> None:
+    documented = instance_schema(await fetch(max_steps=7, max_images_per_request=3, max_prompt_length=12))
+    assert {name: schema["description"] for name, schema in documented.items()} == {
+        name: parameter.description for name, parameter in PARAMETERS.items() if name not in TOLD_IN_TEXT
+    }
+    assert documented["num_inference_steps"]["maximum"] == 7
+    assert documented["num_images_per_prompt"]["maximum"] == 3 and documented["clip_skip"]["maximum"] == 2
+    assert documented["prompt"]["maxLength"] == 12 and documented["denoising_limit"]["exclusiveMinimum"] == 0
+    assert documented["crops_coords_top_left"]["type"] == ["array", "null"] and documented["prompt"]["type"] == "string"
+
+
 async def test_schedulers_are_listed_or_told_with_what_they_need(document: dict[str, Any]) -> None:
     assert {*documented_parameters(document)["scheduler"]["enum"], *PICKY_SCHEDULERS} == set(NAMES)
     assert all(f"`{name}`" in infer_operation(document)["description"] for name in PICKY_SCHEDULERS)
@@ -204,6 +236,20 @@ async def test_examples_keep_to_the_limits_of_a_narrow_server() -> None:
     async with serve(max_steps=4, max_images_per_request=1, max_queue=1) as client:
         for example in infer_examples((await client.get("/openapi.json")).json()).values():
             assert (await client.post(INFER, json=example)).status_code == 200
+        document = (await client.get("/openapi.json")).json()
+        for example in examples_of(predict_operation(document)).values():
+            assert (await client.post(PREDICT, json=example)).status_code == 200
+
+
+async def test_examples_of_protocol_v1_follow_the_schema_and_are_served(
+    client: httpx.AsyncClient, document: dict[str, Any]
+) -> None:
+    for example in examples_of(predict_operation(document)).values():
+        validator(document, "PredictRequest").validate(example)
+        answer = await client.post(PREDICT, json=example)
+        assert answer.status_code == 200
+        assert set(predict_operation(document)["responses"]["200"]["headers"]) == {"X-Request-Id", "X-Seed"}
+        assert "X-Seed" in answer.headers
 
 
 async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
@@ -216,13 +262,17 @@ async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncCli
         "Live": await client.get("/v2/health/live"),
         "Ready": await client.get("/v2/health/ready"),
         "ModelReady": await client.get("/v2/models/sdxl/ready"),
+        "Alive": await client.get("/"),
+        "Models": await client.get("/v1/models"),
+        "PredictResponse": await client.post(PREDICT, json={"instances": [{"prompt": "a"}]}),
     }
     for name, answer in answers.items():
         validator(document, name).validate(answer.json())
         assert not list(places_of_null(answer.json()))
         assert not list(places_of_null(document["components"]["schemas"][name]))
-    assert set(answers) | {"InferenceRequest"} >= {
-        name for name in document["components"]["schemas"] if not name.endswith(("Tensor", "Output"))
+    parts = ("Tensor", "Output", "Prediction", "EncodedImage")
+    assert set(answers) | {"InferenceRequest", "PredictRequest"} >= {
+        name for name in document["components"]["schemas"] if not name.endswith(parts)
     }
 
 
@@ -230,7 +280,11 @@ async def test_a_server_that_is_not_ready_answers_as_documented() -> None:
     load = LoadsWhenTold()
     async with serve(load) as client:
         document = (await client.get("/openapi.json")).json()
-        for path, name in (("/v2/health/ready", "Ready"), ("/v2/models/sdxl/ready", "ModelReady")):
+        for path, name in (
+            ("/v2/health/ready", "Ready"),
+            ("/v2/models/sdxl/ready", "ModelReady"),
+            ("/v1/models/sdxl", "ModelReady"),
+        ):
             answer = await client.get(path)
             assert answer.status_code == 503
             validator(document, name).validate(answer.json())
@@ -242,6 +296,7 @@ async def test_every_status_that_an_error_can_have_is_documented(document: dict[
     # Without a key nobody is turned away.
     statuses = {str(status) for code, status in edge.HTTP_STATUS.items() if code not in {*startup, "unauthorized"}}
     assert set(infer_operation(document)["responses"]) == {"200", *statuses}
+    assert set(predict_operation(document)["responses"]) == {"200", *statuses}
 
 
 async def test_every_documented_header_is_sent(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
