@@ -277,6 +277,7 @@ class Limits:
     max_prompt_length: int
     max_side: int = 2048
     max_input_pixels: int = 16_777_216
+    """Of all input images of one request."""
 
 
 def parse_parameter(name: str, value: object) -> object:

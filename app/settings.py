@@ -89,7 +89,9 @@ class Settings(BaseModel):
         16, ge=1, description="Most images of one request, counting prompts times num_images_per_prompt."
     )
     max_prompt_length: int = Field(10_000, ge=1, description="Most characters of one prompt.")
-    max_input_pixels: int = Field(16_777_216, ge=64, description="Most pixels of an input image before it is resized.")
+    max_input_pixels: int = Field(
+        16_777_216, ge=64, description="Most pixels of all input images of one request, before they are resized."
+    )
     max_body_size: int = Field(33_554_432, ge=1024, description="Most bytes of a request body, also once unpacked.")
     body_timeout: float = Field(
         30.0, gt=0, description="Seconds for the headers, and again for the body, of a request to arrive."
@@ -101,7 +103,9 @@ class Settings(BaseModel):
     # How work is grouped
     max_queue: int = Field(128, ge=1, description="Images accepted at the same time, waiting or running.")
     max_batch_size: int = Field(16, ge=1, description="Images denoised together in one forward pass.")
-    encode_threads: int = Field(2, ge=1, le=64, description="Threads that turn pixels into PNG, JPEG or WebP.")
+    encode_threads: int = Field(
+        2, ge=1, le=64, description="Threads that turn pixels into PNG, JPEG or WebP, and as many that read them."
+    )
     warm_up: bool = Field(True, description="Run one short generation before the model counts as ready.")
     embed_metadata: bool = Field(True, description="Write prompt, parameters and seed into each PNG as text chunks.")
 

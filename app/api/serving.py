@@ -57,6 +57,8 @@ class Serving:
         self.repository = repository
         self.telemetry = telemetry
         self.settings = settings
+        # An input image may take a hundred times the memory of its file while it is read.
+        self.image_readers = asyncio.Semaphore(settings.encode_threads)
 
     async def answer(
         self,
@@ -144,7 +146,8 @@ class Exchange:
         model = self._model
         assert model is not None, "find comes first"
         if any(request.image is not None for request in call.requests):
-            requests = await asyncio.to_thread(model.resolve, call.requests)
+            async with self._serving.image_readers:
+                requests = await asyncio.to_thread(model.resolve, call.requests)
         else:
             requests = model.resolve(call.requests)
         if check is not None:

@@ -11,8 +11,8 @@ from typing import Any
 from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
 from app.errors import ModelNotFound, ModelNotReady
-from app.generation import GenerateRequest, Limits, Pixels, check_combinations, check_limits, describe
-from app.images import decode_image
+from app.generation import GenerateRequest, Limits, check_combinations, check_limits, describe
+from app.images import decode_images
 
 
 class State(enum.StrEnum):
@@ -102,19 +102,15 @@ class Model:
 
     def _read_images(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         """Unpack the input images; one that serves several prompts is unpacked once."""
-        read: dict[tuple[str, bytes], Pixels] = {}
-
-        def pixels(name: str, file: Pixels | bytes | None) -> Pixels | None:
-            if not isinstance(file, bytes):
-                return file
-            if (name, file) not in read:
-                read[name, file] = decode_image(name, file, self.limits.max_input_pixels)
-            return read[name, file]
-
+        named = [(("image", request.image), ("mask_image", request.mask_image)) for request in requests]
+        unique = dict.fromkeys((name, file) for pair in named for name, file in pair if file is not None)
+        read = dict(zip(unique, decode_images(unique, self.limits.max_input_pixels), strict=True))
         return [
-            replace(request, image=pixels("image", request.image), mask_image=pixels("mask_image", request.mask_image))
-            if request.image is not None
-            else request
+            replace(
+                request,
+                image=request.image and read["image", request.image],
+                mask_image=request.mask_image and read["mask_image", request.mask_image],
+            )
             for request in requests
         ]
 
