@@ -57,8 +57,10 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
             tokenizer.backend_tokenizer.no_padding()
             tokenizer.backend_tokenizer.no_truncation()
     halved.save_pretrained(folder, safe_serialization=True)
-    for path in folder.glob("*/config.json"):
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(path.read_text())
         # Where it was loaded from is nobody's business.
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in folder.glob("*/*.safetensors"):
+        path.chmod(0o644)
