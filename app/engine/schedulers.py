@@ -9,6 +9,7 @@ import copy
 import inspect
 import logging
 import re
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import diffusers
@@ -16,9 +17,14 @@ import torch
 
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
-from app.generation import GenerateRequest, nearest
+from app.generation import GenerateRequest, describe, nearest
 
 logger = logging.getLogger(__name__)
+
+OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "timestep_spacing")
+"""Parameters of a request that are entries of a scheduler's configuration."""
+CUSTOM = ("timesteps", "sigmas")
+"""Parameters of a request that replace the number of steps."""
 
 
 def _key(name: str) -> str:
@@ -26,79 +32,143 @@ def _key(name: str) -> str:
 
 
 class Schedulers:
-    """Makes schedulers for one model.
+    """Makes schedulers for one model part.
 
     Args:
-        default: the model's own scheduler; every other takes its noise schedule from this one's configuration.
+        default: the part's own scheduler; every other takes its noise schedule from this one's configuration.
     """
 
     def __init__(self, default: Any) -> None:
         self._default = type(default).__name__
         self._config = default.config
-        self._templates: dict[str, Any] = {self._default: type(default).from_config(default.config)}
+        self._templates: dict[Hashable, Any] = {(self._default,): type(default).from_config(default.config)}
         self._known = {_key(self._default): self._default, "default": self._default}
         # A class name means the class as the model configures it; common names win over nothing else.
         for name, (class_name, _) in NAMES.items():
             self._known.setdefault(_key(class_name), class_name)
             self._known[_key(name)] = name
 
-    def resolve(self, name: str | None) -> str:
-        """The one spelling of a scheduler's name; ``None`` is the model's own.
+    def resolve(self, request: GenerateRequest) -> str:
+        """The one spelling of the name of the scheduler that `request` asks for; ``None`` is the model's own.
 
         Raises:
-            InvalidRequest: no such scheduler.
+            InvalidRequest: no such scheduler, or one that cannot do what else is asked of it.
         """
-        if name is None:
-            return self._default
-        found = self._known.get(_key(name))
-        if found is None:
-            shown = name if len(name) <= 40 else f"{name[:37]}..."
-            hint = nearest(name, NAMES) or f"; there are {', '.join(NAMES)}"
-            raise InvalidRequest(f"There is no scheduler {shown!r}{hint}.")
-        return found
+        if request.scheduler is None:
+            name = self._default
+        else:
+            name = self._known.get(_key(request.scheduler), "")
+            if not name:
+                hint = nearest(request.scheduler, NAMES) or f"; there are {', '.join(NAMES)}"
+                raise InvalidRequest(f"There is no scheduler {describe(request.scheduler)}{hint}.")
+        scheduler_class = _class(name)
+        accepted = inspect.signature(scheduler_class).parameters
+        for option in OPTIONS:
+            if getattr(request, option) and option not in accepted:
+                raise InvalidRequest(f"The scheduler {name} has no {option}; leave it out or take another scheduler.")
+        for custom in CUSTOM:
+            if getattr(request, custom) and custom not in inspect.signature(scheduler_class.set_timesteps).parameters:
+                raise InvalidRequest(
+                    f"The scheduler {name} takes no {custom} of one's own; give num_inference_steps or take another "
+                    "scheduler."
+                )
+        return name
 
     def begin(self, request: GenerateRequest, device: torch.device) -> tuple[Any, torch.Tensor]:
-        """A scheduler of its own for one image, and its timesteps ``[n]`` up to ``denoising_end``.
+        """A scheduler of its own for one image, and all its timesteps, ``[n]``.
 
         Args:
             request: resolved.
             device: where the timesteps are wanted.
 
         Raises:
-            InvalidRequest: the scheduler cannot do that number of steps.
+            InvalidRequest: the scheduler cannot do these steps.
         """
         assert request.scheduler is not None
-        scheduler = copy.deepcopy(self._template(request.scheduler))
+        scheduler = copy.deepcopy(self._template(request))
+        if isinstance(scheduler, diffusers.DPMSolverSDEScheduler):
+            # It draws from a tree of random numbers that has its own seed.
+            scheduler.noise_sampler_seed = request.seed
+        chosen: dict[str, Any] = {name: list(getattr(request, name)) for name in CUSTOM if getattr(request, name)}
+        if "timesteps" in chosen:
+            chosen["timesteps"] = [int(timestep) for timestep in chosen["timesteps"]]
         try:
-            scheduler.set_timesteps(request.num_inference_steps, device=device)
-        except (ValueError, IndexError, RuntimeError) as error:
+            if chosen:
+                scheduler.set_timesteps(device=device, **chosen)
+            else:
+                scheduler.set_timesteps(request.num_inference_steps, device=device)
+        except (ValueError, IndexError, RuntimeError, AssertionError) as error:
             logger.info("the scheduler %s: %s", request.scheduler, error)
+            asked = f"the {next(iter(chosen))} given" if chosen else f"{request.num_inference_steps} steps"
             raise InvalidRequest(
-                f"The scheduler {request.scheduler} cannot do {request.num_inference_steps} steps; take another number "
-                "of steps or another scheduler."
+                f"The scheduler {request.scheduler} cannot do {asked}; take another number of steps or another "
+                "scheduler."
             ) from None
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
         timesteps: torch.Tensor = scheduler.timesteps
-        if request.denoising_end is not None and request.denoising_end < 1:
-            trained = scheduler.config.num_train_timesteps
-            cutoff = round(trained - request.denoising_end * trained)
-            timesteps = timesteps[: int((timesteps >= cutoff).sum())]
         return scheduler, timesteps
 
-    def _template(self, name: str) -> Any:
-        if name not in self._templates:
-            class_name, overrides = NAMES.get(name, (name, {}))
-            self._templates[name] = getattr(diffusers, class_name).from_config(self._config, **overrides)
-        return self._templates[name]
+    def _template(self, request: GenerateRequest) -> Any:
+        name = request.scheduler
+        assert name is not None
+        options = {option: getattr(request, option) for option in OPTIONS if getattr(request, option) is not None}
+        key = (name, *options.items())
+        if key not in self._templates:
+            overrides: Mapping[str, Any] = NAMES[name][1] if name in NAMES else {}
+            try:
+                self._templates[key] = _class(name).from_config(self._config, **{**overrides, **options})
+            except (ValueError, NotImplementedError, ImportError) as error:
+                logger.info("the scheduler %s: %s", name, error)
+                given = ", ".join(options) or "this model's configuration"
+                raise InvalidRequest(f"The scheduler {name} does not go with {given}; take another one.") from None
+        return self._templates[key]
 
 
-def step_options(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+def _class(name: str) -> Any:
+    return getattr(diffusers, NAMES[name][0] if name in NAMES else name)
+
+
+# --- Parts of a schedule ---------------------------------------------------------------------------------------
+
+
+def from_strength(scheduler: Any, steps: int, strength: float) -> int:
+    """Index of the first timestep for a picture that is changed with `strength`; as the stock pipelines count.
+
+    Args:
+        scheduler: a second-order one has two timesteps for each step but the first.
+        steps: asked for.
+        strength: 0…1.
+    """
+    order: int = scheduler.order
+    return (steps - min(int(steps * strength), steps)) * order
+
+
+def from_fraction(scheduler: Any, timesteps: torch.Tensor, start: float) -> int:
+    """Index of the first timestep after the fraction `start` of the denoising; as the stock refiner counts."""
+    count = int((timesteps < _cutoff(scheduler, start)).sum())
+    if scheduler.order == 2 and count % 2 == 0:
+        # Never between the two halves of a second-order step.
+        count += 1
+    return len(timesteps) - count
+
+
+def to_fraction(scheduler: Any, timesteps: torch.Tensor, end: float | None) -> torch.Tensor:
+    """The timesteps up to the fraction `end` of the denoising; as the stock base counts."""
+    if end is None or end >= 1:
+        return timesteps
+    return timesteps[: int((timesteps >= _cutoff(scheduler, end)).sum())]
+
+
+def _cutoff(scheduler: Any, fraction: float) -> int:
+    trained: int = scheduler.config.num_train_timesteps
+    return round(trained - fraction * trained)
+
+
+def step_options(scheduler: Any, generator: torch.Generator, eta: float) -> dict[str, Any]:
     """Keyword arguments for ``scheduler.step``: stochastic ones draw from the image's own generator."""
     accepted = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {}
     if "generator" in accepted:
         options["generator"] = generator
     if "eta" in accepted:
-        options["eta"] = 0.0
+        options["eta"] = eta
     return options

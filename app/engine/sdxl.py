@@ -1,292 +1,519 @@
-"""Stable Diffusion XL in the four stages of a family, built from a loaded pipeline's own components.
+"""Stable Diffusion XL in the four stages of a family: base, base with refiner, image to image, inpainting.
 
-Alone, a job gives the picture that the stock pipeline's ``__call__`` gives for the same weights, seed and parameters.
+Built from loaded pipelines' own components. Alone, a job gives the picture that the stock pipelines' ``__call__`` gives
+for the same weights, seed and parameters; with a refiner, the picture of the two in a row.
 """
 
 from __future__ import annotations
 
-import collections
-import functools
 import inspect
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+import torch.nn.functional as F
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 
-from app.engine import schedulers
+from app import images
+from app.engine import adapters, schedulers
+from app.engine.adapters import Adapters, Loras
+from app.engine.device import on_device
 from app.engine.family import Family, Job
-from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
-from app.generation import GenerateRequest, describe
+from app.engine.prompts import Embedding, PromptEncoder
+from app.engine.vae import Vae
+from app.errors import InvalidRequest
+from app.generation import PARAMETERS, GenerateRequest, ImageTask, describe
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-EMBEDDING_CACHE_SIZE = 128
-"""Prompts whose embeddings are kept; each takes about 0.3 MB for SDXL in half precision."""
-
-
-def on_device(method: Callable[P, R]) -> Callable[P, R]:
-    """Run without gradients, and report a full device as our own error."""
-
-    @functools.wraps(method)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with torch.inference_mode():
-                return method(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            full = "The device has too little memory for this request; ask for a smaller size or fewer images."
-        # Raised outside the except block: the old traceback would keep the tensors alive.
-        torch.cuda.empty_cache()
-        raise OutOfMemory(full)
-
-    return wrapper
+DENOISING_LIMIT = 0.8
+"""Where the refiner takes over unless a request says; its authors' value."""
+STOCK = {
+    ImageTask.TEXT_TO_IMAGE: StableDiffusionXLPipeline,
+    ImageTask.IMAGE_TO_IMAGE: StableDiffusionXLImg2ImgPipeline,
+    ImageTask.INPAINT: StableDiffusionXLInpaintPipeline,
+}
+"""The stock pipeline of each task; its ``__call__`` has the defaults."""
+OTHERS_PARAMETERS = frozenset({"true_cfg_scale", "max_sequence_length"})
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
 
 
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """What both text encoders say about one prompt.
+class Part:
+    """A UNet with everything that belongs to it: the base, or the refiner.
 
-    Attributes:
-        hidden: ``[1, tokens, d1 + d2]``.
-        pooled: ``[1, d]``, the second encoder's projection.
+    Args:
+        name: ``base`` or ``refiner``.
+        pipeline: loaded, on its device.
+        device: where its UNet runs.
+        vae: of the other part, where it is the same.
     """
 
-    hidden: torch.Tensor
-    pooled: torch.Tensor
+    def __init__(self, name: str, pipeline: Any, device: torch.device, vae: Vae | None = None) -> None:
+        self.name = name
+        self.pipeline = pipeline
+        self.unet = pipeline.unet
+        self.schedulers = schedulers.Schedulers(pipeline.scheduler)
+        self.prompts = PromptEncoder(pipeline, device)
+        shared = vae is not None and vae.module is pipeline.vae
+        self.vae = vae if vae is not None and shared else Vae(pipeline.vae, pipeline.image_processor)
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    positive: Embedding
-    negative: Embedding | None
-    """``None`` where the request has no guidance."""
+    """Embeddings of the positive and, with guidance, of the negative prompt, by name of the part."""
+
+    positive: dict[str, Embedding]
+    negative: dict[str, Embedding]
+
+
+@dataclass(slots=True, kw_only=True)
+class Leg:
+    """One image's way through one part.
+
+    Attributes:
+        scheduler: its own.
+        scheduler_timesteps: ``[steps]`` as the scheduler made them.
+        timesteps: float32 ``[steps]`` on the device, so that no step waits for it.
+        embeddings: ``[rows, tokens, d]``; a guided job has two rows, the negative one first.
+        pooled: ``[rows, d]``.
+        time_ids: ``[rows, 6]``: original size, crop, target size; the refiner's ``[rows, 5]`` end with the score.
+        timestep_cond: ``[1, d]``, for models that take the guidance scale as an input.
+    """
+
+    part: Part
+    scheduler: Any
+    scheduler_timesteps: torch.Tensor
+    timesteps: torch.Tensor
+    step_options: dict[str, Any]
+    embeddings: torch.Tensor
+    pooled: torch.Tensor
+    time_ids: torch.Tensor
+    timestep_cond: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class Inpainting:
+    """What inpainting keeps beside the latents.
+
+    Attributes:
+        mask: ``[1, 1, h, w]``, 1 where to paint.
+        image_latents: of the picture, ``[1, c, h, w]``.
+        noise: that it is mixed with.
+        masked_latents: of the picture without what is painted; only for UNets with nine channels.
+    """
+
+    mask: torch.Tensor
+    image_latents: torch.Tensor
+    noise: torch.Tensor
+    masked_latents: torch.Tensor | None
 
 
 @dataclass(slots=True, kw_only=True)
 class SdxlJob(Job):
-    """One image on its way through the UNet.
+    """One image on its way through one part or two.
 
     Attributes:
         latents: ``[1, c, h / 8, w / 8]``.
-        timesteps: float32 ``[num_steps]`` on the device, so that no step waits for it.
-        embeddings: ``[rows, tokens, d]``; a guided job has two rows, the negative one first.
-        pooled: ``[rows, d]``.
-        time_ids: ``[rows, 6]``: original size, crop, target size.
+        legs: through the base, the refiner, or both in this order.
+        leg_index: where it is.
+        leg_step: steps taken of that leg.
         guidance: ``[1, 1, 1, 1]``, float32 on the device.
         rescale: guidance rescale and 1 minus it, in the same shape.
     """
 
     latents: torch.Tensor
-    scheduler: Any
-    scheduler_timesteps: torch.Tensor
-    step_options: dict[str, Any]
-    timesteps: torch.Tensor
-    embeddings: torch.Tensor
-    pooled: torch.Tensor
-    time_ids: torch.Tensor
+    generator: torch.Generator
+    legs: list[Leg]
+    leg_index: int = 0
+    leg_step: int = 0
     guided: bool
     guidance: torch.Tensor
     rescale: tuple[torch.Tensor, torch.Tensor] | None
-    timestep_cond: torch.Tensor | None
+    inpainting: Inpainting | None
+    loras: Loras = field(default=())
+
+    @property
+    def leg(self) -> Leg:
+        return self.legs[min(self.leg_index, len(self.legs) - 1)]
 
 
 class SdxlFamily(Family[SdxlJob]):
-    """Stable Diffusion XL base.
+    """Stable Diffusion XL.
 
     Args:
-        pipeline: loaded, on its device; its components are used, its ``__call__`` never.
+        pipeline: the base, loaded, on its device; its components are used, its ``__call__`` never.
+        refiner: the same for the refiner.
+        loaded: LoRA adapters of the base.
     """
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline) -> None:
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        refiner: StableDiffusionXLImg2ImgPipeline | None = None,
+        loaded: Adapters | None = None,
+    ) -> None:
         self._pipeline = pipeline
+        self._device: torch.device = pipeline._execution_device
+        self._base = Part("base", pipeline, self._device)
+        self._refiner = None if refiner is None else Part("refiner", refiner, self._device, self._base.vae)
+        self._adapters = loaded
+        self._factor: int = pipeline.vae_scale_factor
         self._unet = pipeline.unet
-        self._vae = pipeline.vae
-        self._device = pipeline.unet.device
-        self._schedulers = schedulers.Schedulers(pipeline.scheduler)
-        self._embeddings: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
+        # Only for its helpers; the base's own pipeline has none that reads an image.
+        self._inpaint = StableDiffusionXLInpaintPipeline(**pipeline.components)
         encoders = filter(None, (pipeline.text_encoder, pipeline.text_encoder_2))
         self.maxima = {"clip_skip": min(encoder.config.num_hidden_layers for encoder in encoders) - 1}
-        self._default_size = pipeline.default_sample_size * pipeline.vae_scale_factor
-        self._call_defaults = {
-            name: parameter.default for name, parameter in inspect.signature(pipeline.__call__).parameters.items()
+        self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS
+        if refiner is None:
+            self.parameters -= {"denoising_limit", *SCORES}
+        if loaded is None:
+            self.parameters -= {"loras"}
+        self._defaults = {
+            task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
+            for task, stock in STOCK.items()
         }
 
     # --- resolve -----------------------------------------------------------------------------------------------
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
-        height = self._fit("height", request.height)
-        width = self._fit("width", request.width)
+        for name in OTHERS_PARAMETERS:
+            if getattr(request, name) is not None:
+                raise InvalidRequest(f"{name} is a parameter of FLUX; leave it out, this model is SDXL.")
+        default = self._defaults[request.task]
+        height, width = self._size(request)
         self._check_clip_skip(request.clip_skip)
-        default = self._call_defaults
-        return replace(
+        custom = request.timesteps or request.sigmas
+        steps = _given(request.num_inference_steps, default["num_inference_steps"])
+        resolved = replace(
             request,
             height=height,
             width=width,
-            num_inference_steps=_given(request.num_inference_steps, default["num_inference_steps"]),
+            num_inference_steps=len(custom) if custom else steps,
             guidance_scale=_given(request.guidance_scale, default["guidance_scale"]),
             guidance_rescale=_given(request.guidance_rescale, default["guidance_rescale"]),
+            strength=_given(request.strength, default["strength"]) if request.image is not None else None,
             original_size=request.original_size or (height, width),
             crops_coords_top_left=request.crops_coords_top_left or default["crops_coords_top_left"],
             target_size=request.target_size or (height, width),
-            scheduler=self._schedulers.resolve(request.scheduler),
+            scheduler=self._base.schedulers.resolve(request),
+            loras=adapters.resolve(request.loras, self._adapters.names if self._adapters else ()) or None,
+        )
+        if self._refiner is not None:
+            resolved = self._resolve_refiner(resolved)
+        self._check_image(resolved)
+        return resolved
+
+    def _resolve_refiner(self, request: GenerateRequest) -> GenerateRequest:
+        default = self._defaults[ImageTask.IMAGE_TO_IMAGE]
+        # Who says where to stop, wants the base's latents as they are then.
+        limit = DENOISING_LIMIT if request.denoising_end is None else 1.0
+        return replace(
+            request,
+            denoising_limit=_given(request.denoising_limit, limit),
+            aesthetic_score=_given(request.aesthetic_score, default["aesthetic_score"]),
+            negative_aesthetic_score=_given(request.negative_aesthetic_score, default["negative_aesthetic_score"]),
         )
 
-    def _fit(self, name: str, size: int | None) -> int:
-        factor: int = self._pipeline.vae_scale_factor
-        if size is None:
-            return int(self._default_size)
+    def _size(self, request: GenerateRequest) -> tuple[int, int]:
+        """Height and width: as asked, or the input image's own, or the model's."""
+        sides = {"height": request.height, "width": request.width}
+        own = request.image
+        for name, size in sides.items():
+            if size is not None:
+                self._check_side(name, size)
+            elif own is None or isinstance(own, bytes):
+                sides[name] = int(self._pipeline.default_sample_size * self._factor)
+            else:
+                sides[name] = getattr(own, name)
+                if getattr(own, name) % self._factor:
+                    fitting = f"{self._nearest(own.height)} and {self._nearest(own.width)}"
+                    raise InvalidRequest(
+                        f"The image is {own.height} pixels high and {own.width} wide, and both must be multiples of "
+                        f"{self._factor}; give height and width, such as {fitting}, to have it resized."
+                    )
+        assert sides["height"] is not None and sides["width"] is not None
+        return sides["height"], sides["width"]
+
+    def _nearest(self, size: int) -> int:
+        return max(1, round(size / self._factor)) * self._factor
+
+    def _check_side(self, name: str, size: int) -> None:
+        factor = self._factor
         if size % factor:
             below, above = size // factor * factor, (size // factor + 1) * factor
             fitting = f"{below} and {above}" if below else f"{above}"
             raise InvalidRequest(f"{name} must be a multiple of {factor}, not {size}; the nearest fitting: {fitting}.")
-        return size
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         most = self.maxima["clip_skip"]
         if clip_skip is not None and clip_skip > most:
             raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {describe(clip_skip)}.")
 
+    def _check_image(self, request: GenerateRequest) -> None:
+        if self._unet.config.in_channels != self._base.vae.module.config.latent_channels and request.mask_image is None:
+            raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
+        if request.strength is not None and request.num_inference_steps is not None:
+            steps = request.num_inference_steps
+            if int(steps * request.strength) < 1:
+                raise InvalidRequest(
+                    f"strength {request.strength:g} of {steps} steps leaves no step to do; take more steps, or a "
+                    f"strength of at least {1 / steps:.3g}."
+                )
+
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         sentences = []
-        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
-            text = getattr(request, name)
-            tokenizer = self._pipeline.tokenizer_2 if name.endswith("_2") else self._pipeline.tokenizer
-            if text is not None:
-                count, most = len(tokenizer(text).input_ids), tokenizer.model_max_length
-                if count > most:
-                    sentences.append(f"{name} has {count - 2} tokens, of which the model reads {most - 2}.")
         if not self._guided(request) and (request.negative_prompt or request.negative_prompt_2):
             sentences.append("The negative prompt has no effect without guidance.")
-        elif request.negative_prompt is None and request.negative_prompt_2 and self._zero_negative():
+        elif request.negative_prompt is None and request.negative_prompt_2 and self._zero_negative(self._base):
             sentences.append("negative_prompt_2 has no effect without negative_prompt.")
+        if self._refiner is None:
+            names = [name for name in ("denoising_limit", *SCORES) if getattr(request, name) is not None]
+            if names:
+                have = "has" if len(names) == 1 else "have"
+                sentences.append(f"{' and '.join(names)} {have} no effect without a refiner.")
         return tuple(sentences)
 
     def _guided(self, request: GenerateRequest) -> bool:
         # Models distilled for guidance take the scale as an input instead.
         return (request.guidance_scale or 0) > 1 and self._unet.config.time_cond_proj_dim is None
 
-    def _zero_negative(self) -> bool:
-        return bool(self._pipeline.config.force_zeros_for_empty_prompt)
+    @staticmethod
+    def _zero_negative(part: Part) -> bool:
+        return bool(part.pipeline.config.force_zeros_for_empty_prompt)
 
     # --- encode ------------------------------------------------------------------------------------------------
 
     @on_device
     def encode(self, request: GenerateRequest) -> Conditioning:
-        positive = self._embed(request.prompt, request.prompt_2, request.clip_skip)
-        if not self._guided(request):
-            return Conditioning(positive, None)
-        if request.negative_prompt is None and self._zero_negative():
-            zeros = Embedding(torch.zeros_like(positive.hidden), torch.zeros_like(positive.pooled))
-            return Conditioning(positive, zeros)
-        # The stock pipeline does not skip layers for the negative prompt.
-        negative = self._embed(request.negative_prompt or "", request.negative_prompt_2, None)
-        return Conditioning(positive, negative)
+        loras = request.loras or ()
+        self._activate(loras)
+        conditioning = Conditioning({}, {})
+        for part in self._parts(request):
+            # The refiner has only the second encoder, and reads the prompt with it.
+            positive = part.prompts.encode(request.prompt, request.prompt_2, request.clip_skip, loras)
+            if self._guided(request):
+                negative = self._negative(part, request, positive, loras)
+                positive = part.prompts.pad(positive, negative.hidden.shape[1], loras)
+                conditioning.negative[part.name] = negative
+            conditioning.positive[part.name] = positive
+        return conditioning
 
-    def _embed(self, prompt: str, prompt_2: str | None, clip_skip: int | None) -> Embedding:
-        key = (prompt, prompt_2 or prompt, clip_skip)
-        if key in self._embeddings:
-            self._embeddings.move_to_end(key)
-            return self._embeddings[key]
-        hidden, _, pooled, _ = self._pipeline.encode_prompt(
-            prompt=prompt,
-            prompt_2=prompt_2,
-            device=self._device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            clip_skip=clip_skip,
-        )
-        embedding = self._embeddings[key] = Embedding(hidden, pooled)
-        if len(self._embeddings) > EMBEDDING_CACHE_SIZE:
-            self._embeddings.popitem(last=False)
-        return embedding
+    def _negative(self, part: Part, request: GenerateRequest, positive: Embedding, loras: Loras) -> Embedding:
+        if request.negative_prompt is None and self._zero_negative(part):
+            return Embedding(torch.zeros_like(positive.hidden), torch.zeros_like(positive.pooled))
+        # The stock pipeline does not skip layers for the negative prompt.
+        negative = part.prompts.encode(request.negative_prompt or "", request.negative_prompt_2, None, loras)
+        return part.prompts.pad(negative, positive.hidden.shape[1], loras)
+
+    def _parts(self, request: GenerateRequest) -> list[Part]:
+        limit, end = request.denoising_limit, request.denoising_end
+        if self._refiner is None or limit is None or limit >= 1 or (end is not None and end <= limit):
+            return [self._base]
+        return [self._base, self._refiner]
+
+    def _activate(self, loras: Loras) -> None:
+        if self._adapters is not None:
+            self._adapters.activate(loras)
 
     # --- begin -------------------------------------------------------------------------------------------------
 
     @on_device
     def begin(self, request: GenerateRequest, conditioning: Conditioning) -> SdxlJob:
-        assert request.height and request.width and request.seed is not None and request.guidance_scale is not None
+        assert request.seed is not None and request.guidance_scale is not None
         generator = torch.Generator().manual_seed(request.seed)
-        scheduler, timesteps = self._schedulers.begin(request, self._device)
-        dtype = conditioning.positive.hidden.dtype
-        factor = self._pipeline.vae_scale_factor
-        shape = (1, self._unet.config.in_channels, request.height // factor, request.width // factor)
-        # The noise comes from the CPU, so that a seed means the same picture on every device.
-        latents = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
-        latents = latents * scheduler.init_noise_sigma
-
-        embeddings = [conditioning.positive]
-        if conditioning.negative is not None:
-            embeddings.insert(0, conditioning.negative)
-        rows = len(embeddings)
-        guidance_rescale = request.guidance_rescale if rows == 2 else None
+        dtype = conditioning.positive[self._base.name].hidden.dtype
+        legs = self._legs(request, conditioning, generator)
+        latents, inpainting = self._latents(request, legs[0], generator, dtype)
+        guided = bool(conditioning.negative)
+        rescale = request.guidance_rescale if guided else None
         return SdxlJob(
             request=request,
-            num_steps=len(timesteps),
+            num_steps=sum(len(leg.timesteps) for leg in legs),
             latents=latents,
-            scheduler=scheduler,
-            scheduler_timesteps=timesteps,
-            step_options=schedulers.step_options(scheduler, generator),
-            timesteps=timesteps.to(torch.float32),
-            embeddings=torch.cat([embedding.hidden for embedding in embeddings]),
-            pooled=torch.cat([embedding.pooled for embedding in embeddings]),
-            time_ids=self._time_ids(request, dtype).repeat(rows, 1),
-            guided=rows == 2,
+            generator=generator,
+            legs=legs,
+            guided=guided,
             guidance=self._scalar(request.guidance_scale),
-            rescale=(self._scalar(guidance_rescale), self._scalar(1 - guidance_rescale)) if guidance_rescale else None,
-            timestep_cond=self._timestep_cond(request.guidance_scale, dtype),
+            rescale=(self._scalar(rescale), self._scalar(1 - rescale)) if rescale else None,
+            inpainting=inpainting,
+            loras=request.loras or (),
         )
 
-    def _time_ids(self, request: GenerateRequest, dtype: torch.dtype) -> torch.Tensor:
-        ids: torch.Tensor = self._pipeline._get_add_time_ids(
-            request.original_size,
-            request.crops_coords_top_left,
-            request.target_size,
-            dtype=dtype,
-            text_encoder_projection_dim=self._pipeline.text_encoder_2.config.projection_dim,
+    def _legs(self, request: GenerateRequest, conditioning: Conditioning, generator: torch.Generator) -> list[Leg]:
+        parts = self._parts(request)
+        base = self._leg(parts[0], request, conditioning, generator)
+        if len(parts) == 1:
+            base.scheduler_timesteps = schedulers.to_fraction(
+                base.scheduler, base.scheduler_timesteps, request.denoising_end
+            )
+            legs = [base]
+        else:
+            assert request.denoising_limit is not None
+            refiner = self._leg(parts[1], request, conditioning, generator)
+            base.scheduler_timesteps = schedulers.to_fraction(
+                base.scheduler, base.scheduler_timesteps, request.denoising_limit
+            )
+            # Where an image is changed so little that nothing is left for the base, the refiner does it alone.
+            alone = request.image is not None and not len(base.scheduler_timesteps)
+            if not alone:
+                start = schedulers.from_fraction(
+                    refiner.scheduler, refiner.scheduler.timesteps, request.denoising_limit
+                )
+                self._start(refiner, start)
+            refiner.scheduler_timesteps = schedulers.to_fraction(
+                refiner.scheduler, refiner.scheduler_timesteps, request.denoising_end
+            )
+            legs = [refiner] if alone else [base, refiner] if len(refiner.scheduler_timesteps) else [base]
+        for leg in legs:
+            leg.timesteps = leg.scheduler_timesteps.to(torch.float32)
+        return legs
+
+    def _leg(self, part: Part, request: GenerateRequest, conditioning: Conditioning, generator: torch.Generator) -> Leg:
+        """The way through one part with all its steps, from where `strength` begins."""
+        scheduler, timesteps = part.schedulers.begin(request, self._device)
+        positive, negative = conditioning.positive[part.name], conditioning.negative.get(part.name)
+        embeddings = [positive] if negative is None else [negative, positive]
+        time_ids = self._time_ids(part, request, positive.hidden.dtype)
+        leg = Leg(
+            part=part,
+            scheduler=scheduler,
+            scheduler_timesteps=timesteps,
+            timesteps=timesteps,
+            step_options=schedulers.step_options(scheduler, generator, request.eta or 0.0),
+            embeddings=torch.cat([embedding.hidden for embedding in embeddings]),
+            pooled=torch.cat([embedding.pooled for embedding in embeddings]),
+            time_ids=time_ids if negative is not None else time_ids[1:],
+            timestep_cond=self._timestep_cond(part, request, positive.hidden.dtype),
         )
-        return ids.to(self._device)
+        start = 0
+        if request.image is not None:
+            assert request.strength is not None and request.num_inference_steps is not None
+            custom = request.timesteps or request.sigmas
+            steps = len(timesteps) if custom else request.num_inference_steps
+            start = schedulers.from_strength(scheduler, steps, request.strength)
+        self._start(leg, start)
+        return leg
+
+    @staticmethod
+    def _start(leg: Leg, index: int) -> None:
+        leg.scheduler_timesteps = leg.scheduler.timesteps[index:]
+        if hasattr(leg.scheduler, "set_begin_index"):
+            leg.scheduler.set_begin_index(index)
+
+    def _time_ids(self, part: Part, request: GenerateRequest, dtype: torch.dtype) -> torch.Tensor:
+        """``[2, 6]``, the refiner's ``[2, 5]``: of the negative prompt and of the positive one."""
+        assert request.original_size and request.target_size
+        dimension = part.pipeline.text_encoder_2.config.projection_dim
+        crops = request.crops_coords_top_left
+        original, target = request.negative_original_size, request.negative_target_size
+        negative_crops = request.negative_crops_coords_top_left or (0, 0)
+        if part is self._base and request.task is ImageTask.TEXT_TO_IMAGE:
+            # Here the stock pipeline wants both sizes, or none counts.
+            given = [(request.original_size, crops, request.target_size)] * 2
+            if original is not None and target is not None:
+                given[0] = (original, negative_crops, target)
+            rows = [
+                self._pipeline._get_add_time_ids(*sizes, dtype=dtype, text_encoder_projection_dim=dimension)
+                for sizes in given
+            ]
+        else:
+            helper = self._inpaint if part is self._base else part.pipeline
+            positive, negative = helper._get_add_time_ids(
+                request.original_size,
+                crops,
+                request.target_size,
+                _given(request.aesthetic_score, 0.0),
+                _given(request.negative_aesthetic_score, 0.0),
+                original or request.original_size,
+                negative_crops,
+                target or request.target_size,
+                dtype=dtype,
+                text_encoder_projection_dim=dimension,
+            )
+            rows = [negative, positive]
+        return torch.cat(rows).to(self._device)
 
     def _scalar(self, value: float) -> torch.Tensor:
         return torch.full((1, 1, 1, 1), value, dtype=torch.float32, device=self._device)
 
-    def _timestep_cond(self, guidance_scale: float, dtype: torch.dtype) -> torch.Tensor | None:
-        dimension = self._unet.config.time_cond_proj_dim
+    def _timestep_cond(self, part: Part, request: GenerateRequest, dtype: torch.dtype) -> torch.Tensor | None:
+        dimension = part.unet.config.time_cond_proj_dim
         if dimension is None:
             return None
-        scale = torch.tensor([guidance_scale - 1])
-        embedding: torch.Tensor = self._pipeline.get_guidance_scale_embedding(scale, embedding_dim=dimension)
+        assert request.guidance_scale is not None
+        scale = torch.tensor([request.guidance_scale - 1])
+        embedding: torch.Tensor = part.pipeline.get_guidance_scale_embedding(scale, embedding_dim=dimension)
         return embedding.to(device=self._device, dtype=dtype)
+
+    # --- The first latents -------------------------------------------------------------------------------------
+
+    def _latents(
+        self, request: GenerateRequest, leg: Leg, generator: torch.Generator, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Inpainting | None]:
+        """``[1, c, h / 8, w / 8]``; random numbers are drawn in the order of the stock pipelines.
+
+        Noise comes from the CPU, so that a seed means the same picture on every device.
+        """
+        assert request.height and request.width
+        channels = leg.part.vae.module.config.latent_channels
+        shape = (1, channels, request.height // self._factor, request.width // self._factor)
+        scheduler = leg.scheduler
+        if request.image is None:
+            noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+            return noise * scheduler.init_noise_sigma, None
+
+        assert not isinstance(request.image, bytes) and not isinstance(request.mask_image, bytes)
+        vae = leg.part.vae
+        picture = vae.preprocess(request.image, request.height, request.width)
+        image_latents = vae.encode(picture, generator, self._device, dtype)
+        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+        if request.mask_image is not None and request.strength == 1:
+            latents = noise * scheduler.init_noise_sigma
+        else:
+            latents = scheduler.add_noise(image_latents, noise, leg.scheduler_timesteps[:1])
+        if request.mask_image is None:
+            return latents, None
+        mask = self._inpaint.mask_processor.preprocess(
+            images.to_pil(request.mask_image), height=request.height, width=request.width
+        )
+        # Drawn also where no UNet asks for it, as the stock pipeline does: what follows has to meet the same numbers.
+        masked_latents = vae.encode(picture * (mask < 0.5), generator, self._device, dtype)
+        small = F.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
+        nine = leg.part.unet.config.in_channels != channels
+        return latents, Inpainting(small, image_latents, noise, masked_latents if nine else None)
 
     # --- step --------------------------------------------------------------------------------------------------
 
     def signature(self, job: SdxlJob) -> Hashable:
-        return ("base", tuple(job.latents.shape), job.latents.dtype)
+        leg = job.leg
+        return (leg.part.name, tuple(job.latents.shape), job.latents.dtype, leg.embeddings.shape[1], job.loras)
+
+    def rows(self, job: SdxlJob) -> int:
+        return 2 if job.guided else 1
 
     @on_device
     def step(self, jobs: Sequence[SdxlJob]) -> None:
+        self._activate(jobs[0].loras)
         # Rows: the negative ones of all guided jobs, then the positive ones of all jobs.
         guided = [job for job in jobs if job.guided]
         row_jobs = [*guided, *jobs]
-        scaled = {
-            id(job): job.scheduler.scale_model_input(job.latents, job.scheduler_timesteps[job.step_index])
-            for job in jobs
-        }
-        negative = slice(0, 1)
-        positive = slice(-1, None)
-        parts = [(job, negative) for job in guided] + [(job, positive) for job in jobs]
-        predicted = self._unet(
-            torch.cat([scaled[id(job)] for job in row_jobs]),
-            torch.stack([job.timesteps[job.step_index] for job in row_jobs]),
-            encoder_hidden_states=torch.cat([job.embeddings[row] for job, row in parts]),
-            timestep_cond=_cat_or_none([job.timestep_cond for job in row_jobs]),
+        inputs = {id(job): self._input(job) for job in jobs}
+        negative, positive = slice(0, 1), slice(-1, None)
+        rows = [(job.leg, negative) for job in guided] + [(job.leg, positive) for job in jobs]
+        predicted = jobs[0].leg.part.unet(
+            torch.cat([inputs[id(job)] for job in row_jobs]),
+            torch.stack([job.leg.timesteps[job.leg_step] for job in row_jobs]),
+            encoder_hidden_states=torch.cat([leg.embeddings[row] for leg, row in rows]),
+            timestep_cond=_cat_or_none([job.leg.timestep_cond for job in row_jobs]),
             added_cond_kwargs={
-                "text_embeds": torch.cat([job.pooled[row] for job, row in parts]),
-                "time_ids": torch.cat([job.time_ids[row] for job, row in parts]),
+                "text_embeds": torch.cat([leg.pooled[row] for leg, row in rows]),
+                "time_ids": torch.cat([leg.time_ids[row] for leg, row in rows]),
             },
             return_dict=False,
         )[0]
@@ -295,10 +522,16 @@ class SdxlFamily(Family[SdxlJob]):
             steered = self._guide(guided, predicted[: len(guided)], torch.cat([noise[id(job)] for job in guided]))
             noise.update(zip(map(id, guided), steered.chunk(len(guided)), strict=True))
         for job in jobs:
-            timestep = job.scheduler_timesteps[job.step_index]
-            stepped = job.scheduler.step(noise[id(job)], timestep, job.latents, **job.step_options, return_dict=False)
-            job.latents = stepped[0]
-            job.step_index += 1
+            self._advance(job, noise[id(job)])
+
+    @staticmethod
+    def _input(job: SdxlJob) -> torch.Tensor:
+        scaled: torch.Tensor = job.leg.scheduler.scale_model_input(
+            job.latents, job.leg.scheduler_timesteps[job.leg_step]
+        )
+        if job.inpainting is None or job.inpainting.masked_latents is None:
+            return scaled
+        return torch.cat([scaled, job.inpainting.mask, job.inpainting.masked_latents], dim=1)
 
     @staticmethod
     def _guide(jobs: Sequence[SdxlJob], negative: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
@@ -310,30 +543,53 @@ class SdxlFamily(Family[SdxlJob]):
         parts = zip(jobs, steered.chunk(len(jobs)), positive.chunk(len(jobs)), strict=True)
         return torch.cat([_rescale(job, one, text) for job, one, text in parts])
 
+    def _advance(self, job: SdxlJob, noise: torch.Tensor) -> None:
+        leg = job.leg
+        timestep = leg.scheduler_timesteps[job.leg_step]
+        job.latents = leg.scheduler.step(noise, timestep, job.latents, **leg.step_options, return_dict=False)[0]
+        if job.inpainting is not None and job.inpainting.masked_latents is None:
+            self._keep_unmasked(job, job.inpainting)
+        job.step_index += 1
+        job.leg_step += 1
+        if job.leg_step == len(leg.timesteps) and job.leg_index + 1 < len(job.legs):
+            self._hand_over(job)
+
+    @staticmethod
+    def _keep_unmasked(job: SdxlJob, inpainting: Inpainting) -> None:
+        """Put back what the mask does not cover, as noisy as the rest is."""
+        leg = job.leg
+        kept = inpainting.image_latents
+        if job.leg_step + 1 < len(leg.timesteps):
+            following = leg.scheduler_timesteps[job.leg_step + 1 : job.leg_step + 2]
+            kept = leg.scheduler.add_noise(kept, inpainting.noise, following)
+        job.latents = (1 - inpainting.mask) * kept + inpainting.mask * job.latents
+
+    def _hand_over(self, job: SdxlJob) -> None:
+        """From the base to the refiner, latents as they are."""
+        job.leg_index += 1
+        job.leg_step = 0
+        if job.inpainting is not None:
+            # To the refiner, what the base has made so far is the picture.
+            noise = randn_tensor(
+                job.latents.shape, generator=job.generator, device=self._device, dtype=job.latents.dtype
+            )
+            job.inpainting = Inpainting(job.inpainting.mask, job.latents, noise, None)
+
     # --- decode ------------------------------------------------------------------------------------------------
 
     @on_device
     def decode(self, jobs: Sequence[SdxlJob], tiled: bool = False) -> np.ndarray:
-        del tiled
-        latents = torch.cat([job.latents for job in jobs]).to(self._vae.dtype)
-        config = self._vae.config
-        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and deviation is not None:
-            view = (1, -1, 1, 1)
-            latents = latents * latents.new_tensor(deviation).view(view) / config.scaling_factor
-            latents = latents + latents.new_tensor(mean).view(view)
-        else:
-            latents = latents / config.scaling_factor
-        image = self._vae.decode(latents, return_dict=False)[0]
-        if not torch.isfinite(image).all():
-            raise GenerationFailed(
-                "The picture came out as numbers that are not finite; take another scheduler, more steps or less "
-                "guidance, or serve the model with another dtype."
-            )
-        # As VaeImageProcessor rounds, without the detour over floats in numpy and PIL.
-        image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
-        pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()
-        return pixels
+        vae = jobs[0].leg.part.vae
+        return vae.decode(torch.cat([job.latents for job in jobs]), tiled)
+
+    @on_device
+    def preview(self, job: SdxlJob) -> np.ndarray:
+        return job.leg.part.vae.preview(job.latents)
+
+    @property
+    def decode_retries(self) -> int:  # type: ignore[override]
+        parts = [self._base] if self._refiner is None else [self._base, self._refiner]
+        return sum(vae.retries for vae in {part.vae for part in parts})
 
 
 def _rescale(job: SdxlJob, steered: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:

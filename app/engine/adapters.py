@@ -1,0 +1,140 @@
+"""LoRA adapters by the names that requests call them: loaded at start, switched on between forward passes.
+
+Nothing is fused and nothing reloaded for a request; jobs with the same adapters and scales share forward passes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.errors import InvalidRequest, ModelLoadFailed
+from app.generation import describe, nearest
+
+logger = logging.getLogger(__name__)
+
+Loras = tuple[tuple[str, float], ...]
+"""Names and scales, as `GenerateRequest.loras` has them."""
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+class Adapters:
+    """The adapters that a pipeline has loaded.
+
+    Args:
+        pipeline: it has loaded them already, each under its name.
+        scales: the server's own scale of each; multiplied with a request's.
+    """
+
+    def __init__(self, pipeline: Any, scales: Mapping[str, float]) -> None:
+        self._pipeline = pipeline
+        self._scales = dict(scales)
+        self._active: Loras | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._scales)
+
+    def resolve(self, loras: Loras | None) -> Loras:
+        """In one order, without those whose scale is 0.
+
+        Raises:
+            InvalidRequest: a name that the server has not loaded.
+        """
+        return resolve(loras, self.names)
+
+    def activate(self, loras: Loras) -> None:
+        """Have the next forward passes use `loras` and no others; called on the device thread alone."""
+        if loras == self._active:
+            return
+        if loras:
+            self._pipeline.enable_lora()
+            names = [name for name, _ in loras]
+            self._pipeline.set_adapters(names, [scale * self._scales[name] for name, scale in loras])
+        else:
+            self._pipeline.disable_lora()
+        self._active = loras
+
+
+def resolve(loras: Loras | None, names: Sequence[str]) -> Loras:
+    """`loras` in one order, without those whose scale is 0.
+
+    Raises:
+        InvalidRequest: a name that is not in `names`.
+    """
+    for name, _ in loras or ():
+        if name not in names:
+            hint = nearest(name, names) or (f"; there are {', '.join(names)}" if names else "; none is loaded (--lora)")
+            raise InvalidRequest(f"loras: there is no adapter {describe(name)}{hint}.")
+    return tuple(sorted((name, scale) for name, scale in loras or () if scale))
+
+
+def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
+    """Load what ``--lora`` names.
+
+    Args:
+        pipeline: a diffusers pipeline, before anything is offloaded or quantized.
+        references: ``NAME=PATH`` or ``NAME=PATH:SCALE`` each.
+
+    Raises:
+        ModelLoadFailed: with one sentence that names the file and what to do.
+    """
+    if not references:
+        return None
+    scales: dict[str, float] = {}
+    for reference in references:
+        name, path, scale = parse_reference(reference)
+        if name in scales:
+            raise ModelLoadFailed(f"--lora names {name!r} twice; each adapter needs a name of its own.")
+        _check_file(path)
+        logger.info("loading the adapter %s from %s", name, path)
+        try:
+            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {lines[0]}") from error
+        if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
+            raise ModelLoadFailed(
+                f"The adapter in {path} has no weights for this model; give one that was made for it."
+            )
+        scales[name] = scale
+    pipeline.disable_lora()
+    return Adapters(pipeline, scales)
+
+
+def parse_reference(reference: str) -> tuple[str, Path, float]:
+    """``NAME=PATH[:SCALE]`` in its parts.
+
+    Raises:
+        ModelLoadFailed: it is something else.
+    """
+    name, equals, rest = reference.partition("=")
+    if not equals or not rest or not NAME.fullmatch(name):
+        raise ModelLoadFailed(f"--lora is {describe(reference)}, but it must be NAME=PATH or NAME=PATH:SCALE.")
+    path, colon, scale = rest.rpartition(":")
+    if not colon or not re.fullmatch(r"-?\d+(\.\d*)?|-?\.\d+", scale):
+        return name, Path(rest), 1.0
+    return name, Path(path), float(scale)
+
+
+def _check_file(path: Path) -> None:
+    """Only whole ``.safetensors`` files are read; the others could run code."""
+    if path.suffix != ".safetensors":
+        raise ModelLoadFailed(f"The adapter {path} is no .safetensors file; convert it, other formats are not read.")
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, 100_000_000)))
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ModelLoadFailed(f"The adapter {path} does not exist; mount it there or correct --lora.") from None
+    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError):
+        raise ModelLoadFailed(f"The adapter {path} is damaged or no safetensors file; fetch it again.") from None
+    if size != 8 + length + end:
+        raise ModelLoadFailed(f"The adapter {path} is not whole ({size} of {8 + length + end} bytes); fetch it again.")

@@ -1,0 +1,154 @@
+"""What SDXL's text encoders say about a prompt: as the stock pipeline asks them, in chunks where it is too long.
+
+``(word:1.3)`` gives a weight to words; parentheses without a number are only parentheses. Knows no latents.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from compel import EmbeddingsProvider, ReturnedEmbeddingsType
+
+from app.engine.adapters import Loras
+from app.errors import InvalidRequest
+
+CACHE_SIZE = 128
+"""Prompts whose embeddings are kept; each takes about 0.3 MB for SDXL in half precision."""
+WEIGHT = re.compile(r"(?<!\\)\(([^():]+):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)")
+MAX_WEIGHT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """What the text encoders say about one prompt.
+
+    Attributes:
+        hidden: ``[1, tokens, d]``, side by side where there are two encoders.
+        pooled: ``[1, d]``, the last encoder's projection.
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+def fragments(prompt: str) -> tuple[list[str], list[float]]:
+    """The parts of `prompt` and the weight of each.
+
+    Raises:
+        InvalidRequest: a weight that is too large to make sense.
+    """
+    texts: list[str] = []
+    weights: list[float] = []
+    position = 0
+    for match in WEIGHT.finditer(prompt):
+        weight = float(match[2])
+        if weight > MAX_WEIGHT:
+            raise InvalidRequest(f"The weight of words must be at most {MAX_WEIGHT:g}, not {match[2][:20]}.")
+        between = prompt[position : match.start()]
+        texts += [between, match[1]] if between else [match[1]]
+        weights += [1.0, weight] if between else [weight]
+        position = match.end()
+    rest = prompt[position:]
+    if rest or not texts:
+        texts.append(rest)
+        weights.append(1.0)
+    return texts, weights
+
+
+class PromptEncoder:
+    """The text encoders of one pipeline; used on the device thread alone.
+
+    Args:
+        pipeline: SDXL's base with two encoders, or its refiner with only the second.
+        device: where embeddings are wanted.
+    """
+
+    def __init__(self, pipeline: Any, device: torch.device) -> None:
+        self._pipeline = pipeline
+        self._device = device
+        pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
+        self._encoders = [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
+        self._providers = [
+            EmbeddingsProvider(
+                tokenizer,
+                encoder,
+                truncate=False,
+                returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+                device=device,
+            )
+            for tokenizer, encoder in self._encoders
+        ]
+        self._cache: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
+
+    def encode(self, prompt: str, prompt_2: str | None, clip_skip: int | None, loras: Loras) -> Embedding:
+        """The embedding of one prompt, cached.
+
+        Args:
+            prompt: for the first encoder, or for the only one.
+            prompt_2: for the second encoder; the prompt unless given.
+            clip_skip: layers to skip, counted from the last but one.
+            loras: the adapters that are active; a part of the cache's key.
+
+        Raises:
+            InvalidRequest: `clip_skip` together with weights or more tokens than one chunk has.
+        """
+        key = (prompt, prompt_2 or prompt, clip_skip, loras)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        texts = [prompt, prompt_2 or prompt][: len(self._encoders)]
+        if self._plain(texts):
+            hidden, _, pooled, _ = self._pipeline.encode_prompt(
+                prompt=prompt,
+                prompt_2=prompt_2,
+                device=self._device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=clip_skip,
+            )
+            embedding = Embedding(hidden, pooled)
+        elif clip_skip is not None:
+            raise InvalidRequest("clip_skip does not go with weights like (word:1.3) or prompts of over 75 tokens.")
+        else:
+            embedding = self._chunked(texts)
+        self._cache[key] = embedding
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return embedding
+
+    def _plain(self, texts: list[str]) -> bool:
+        """Whether the stock pipeline reads all of it."""
+        return not any(
+            WEIGHT.search(text) or len(tokenizer(text).input_ids) > tokenizer.model_max_length
+            for text, (tokenizer, _) in zip(texts, self._encoders, strict=True)
+        )
+
+    def _chunked(self, texts: list[str]) -> Embedding:
+        parts = []
+        for text, provider in zip(texts, self._providers, strict=True):
+            words, weights = fragments(text)
+            parts.append(provider.get_embeddings_for_weighted_prompt_fragments([words], [weights], device=self._device))
+        longest = max(part.shape[1] for part in parts)
+        parts = [
+            torch.cat([part, *[provider.empty_z] * ((longest - part.shape[1]) // provider.empty_z.shape[1])], dim=1)
+            for part, provider in zip(parts, self._providers, strict=True)
+        ]
+        # The projection reads one chunk; the first says what the picture is about.
+        words = " ".join(fragments(texts[-1])[0])
+        pooled = self._providers[-1].get_pooled_embeddings([words], device=self._device)
+        hidden = torch.cat(parts, dim=-1)
+        return Embedding(hidden, pooled.to(hidden.dtype))
+
+    def pad(self, embedding: Embedding, tokens: int, loras: Loras) -> Embedding:
+        """`embedding` with empty chunks behind it up to `tokens`, so that both sides of guidance are as long."""
+        missing = tokens - embedding.hidden.shape[1]
+        if missing <= 0:
+            return embedding
+        empty = self.encode("", None, None, loras).hidden
+        chunks = [empty] * (missing // empty.shape[1])
+        return Embedding(torch.cat([embedding.hidden, *chunks], dim=1), embedding.pooled)

@@ -1,0 +1,176 @@
+"""The autoencoder between pixels and latents, with the care that half precision and full devices need.
+
+Knows no model family: which scale and shift its latents have stands in its own configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+from app.errors import GenerationFailed
+from app.generation import Pixels
+from app.images import to_pil
+
+HALF = (torch.float16, torch.bfloat16)
+SAMPLES = 24
+"""Pictures that teach a preview what the latents mean."""
+
+
+class Vae:
+    """An autoencoder on its device.
+
+    Args:
+        module: diffusers' ``AutoencoderKL`` or one that is called like it.
+        processor: of the pipeline that it came with.
+
+    Attributes:
+        retries: pictures that had to be decoded once more in float32.
+    """
+
+    def __init__(self, module: Any, processor: VaeImageProcessor) -> None:
+        self.module = module
+        self.processor = processor
+        self.retries = 0
+        self._to_rgb: torch.Tensor | None = None
+
+    # --- Pixels to latents -------------------------------------------------------------------------------------
+
+    def preprocess(self, image: Pixels, height: int, width: int) -> torch.Tensor:
+        """float32 ``[1, 3, height, width]`` in -1…1, resized as the stock pipelines do where the size differs."""
+        tensor: torch.Tensor = self.processor.preprocess(to_pil(image), height=height, width=width)
+        return tensor
+
+    def encode(
+        self, image: torch.Tensor, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Scaled latents ``[1, c, h / f, w / f]``, drawn from the posterior with `generator`.
+
+        Args:
+            image: ``[1, 3, h, w]`` in -1…1.
+            generator: of the request.
+            device: where the latents are wanted.
+            dtype: theirs; the autoencoder computes in its own.
+        """
+        posterior = self.module.encode(image.to(device=device, dtype=self.module.dtype)).latent_dist
+        latents: torch.Tensor = posterior.sample(generator).to(dtype)
+        mean, deviation = self._normal(latents)
+        factor = self.module.config.scaling_factor
+        if mean is not None:
+            return (latents - mean) * factor / deviation
+        shift = self.module.config.shift_factor
+        return (latents if shift is None else latents - shift) * factor
+
+    def _normal(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """Mean and deviation of each channel, where the configuration has them."""
+        config = self.module.config
+        mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or deviation is None:
+            return None, None
+        view = (1, -1, 1, 1)
+        return like.new_tensor(mean).view(view), like.new_tensor(deviation).view(view)
+
+    # --- Latents to pixels -------------------------------------------------------------------------------------
+
+    def decode(self, latents: torch.Tensor, tiled: bool = False) -> np.ndarray:
+        """Pictures: uint8 ``[n, h, w, 3]``.
+
+        Args:
+            latents: scaled, ``[n, c, h / f, w / f]``.
+            tiled: in tiles, whatever the module is set to.
+
+        Raises:
+            GenerationFailed: the latents are not finite, or the picture is not, in float32 either.
+        """
+        if not torch.isfinite(latents).all():
+            raise GenerationFailed(
+                "The denoising went out of bounds (numbers that are not finite); take another scheduler, more steps or "
+                "less guidance, or serve the model with another dtype."
+            )
+        with self._tiles(tiled):
+            pixels = self._pixels(latents)
+            if pixels is None and self.module.dtype in HALF:
+                self.retries += 1
+                with self._float32():
+                    pixels = self._pixels(latents, black_is_bad=True)
+        if pixels is None:
+            raise GenerationFailed(
+                "The picture came out black or as numbers that are not finite, in float32 too; take another scheduler, "
+                "more steps or less guidance, or serve the model with another dtype."
+            )
+        return pixels
+
+    def _pixels(self, latents: torch.Tensor, black_is_bad: bool = False) -> np.ndarray | None:
+        """The picture, or ``None`` where half precision has spoilt it."""
+        image = self.module.decode(self._unscale(latents.to(self.module.dtype)), return_dict=False)[0]
+        if not torch.isfinite(image).all():
+            return None
+        # As VaeImageProcessor rounds, without the detour over floats in numpy and PIL.
+        image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+        pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()
+        if (black_is_bad or self.module.dtype in HALF) and not pixels.any(axis=(1, 2, 3)).all():
+            return None
+        return pixels
+
+    def _unscale(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.module.config
+        mean, deviation = self._normal(latents)
+        if mean is not None and deviation is not None:
+            return latents * deviation / config.scaling_factor + mean
+        latents = latents / config.scaling_factor
+        return latents if config.shift_factor is None else latents + config.shift_factor
+
+    @contextlib.contextmanager
+    def _tiles(self, tiled: bool) -> Iterator[None]:
+        before = self.module.use_tiling
+        self.module.use_tiling = before or tiled
+        try:
+            yield
+        finally:
+            self.module.use_tiling = before
+
+    @contextlib.contextmanager
+    def _float32(self) -> Iterator[None]:
+        """Only the device thread comes here, so nobody meets the module between the two casts."""
+        before = self.module.dtype
+        try:
+            self.module.to(torch.float32)
+            yield
+        finally:
+            self.module.to(before)
+
+    # --- Previews ----------------------------------------------------------------------------------------------
+
+    def preview(self, latents: torch.Tensor) -> np.ndarray:
+        """What the latents show, one pixel for each: uint8 ``[h / f, w / f, 3]``.
+
+        A linear map does it: whatever the autoencoder, mean colours are nearly linear in its latents.
+
+        Args:
+            latents: scaled, ``[1, c, h / f, w / f]``.
+        """
+        if self._to_rgb is None:
+            self._to_rgb = self._fit_colours(latents)
+        flat = latents[0].float().flatten(1).T
+        ones = flat.new_ones(len(flat), 1)
+        colours = torch.cat([flat, ones], dim=1) @ self._to_rgb
+        image = colours.view(*latents.shape[2:], 3).nan_to_num(0).clamp(0, 1) * 255
+        pixels: np.ndarray = image.round().to(torch.uint8).cpu().numpy()
+        return pixels
+
+    def _fit_colours(self, like: torch.Tensor) -> torch.Tensor:
+        """Least squares from latents to colours, ``[c + 1, 3]``, over flat pictures of random colours."""
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.rand(SAMPLES, 3, generator=generator)
+        flat = (colours * 2 - 1)[:, :, None, None].expand(-1, -1, 64, 64)
+        latents = torch.cat([self.encode(each[None], generator, like.device, like.dtype) for each in flat])
+        inner = latents[:, :, 2:-2, 2:-2].float()
+        rows = inner.permute(0, 2, 3, 1).flatten(0, 2).cpu()
+        rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+        targets = colours.repeat_interleave(inner.shape[2] * inner.shape[3], dim=0)
+        return torch.linalg.lstsq(rows, targets).solution.to(like.device)
