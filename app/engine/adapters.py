@@ -100,7 +100,7 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
             raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {lines[0]}") from error
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             raise ModelLoadFailed(
-                f"The adapter in {path} has no weights for this model; give one that was made for it."
+                f"The adapter in {path} has no weights for this model; name one made for it."
             )
         scales[name] = scale
     pipeline.disable_lora()

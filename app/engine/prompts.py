@@ -139,8 +139,8 @@ class PromptEncoder:
             for part, provider in zip(parts, self._providers, strict=True)
         ]
         # The projection reads one chunk; the first says what the picture is about.
-        words = " ".join(fragments(texts[-1])[0])
-        pooled = self._providers[-1].get_pooled_embeddings([words], device=self._device)
+        unweighted = "".join(fragments(texts[-1])[0])
+        pooled = self._providers[-1].get_pooled_embeddings([unweighted], device=self._device)
         hidden = torch.cat(parts, dim=-1)
         return Embedding(hidden, pooled.to(hidden.dtype))
 

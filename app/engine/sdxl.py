@@ -472,6 +472,9 @@ class SdxlFamily(Family[SdxlJob]):
         vae = leg.part.vae
         picture = vae.preprocess(request.image, request.height, request.width)
         image_latents = vae.encode(picture, generator, self._device, dtype)
+        if request.mask_image is not None:
+            # In the layout that the stock pipeline makes of them; another takes kernels that round differently.
+            image_latents = image_latents.contiguous()
         noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
         if request.mask_image is not None and request.strength == 1:
             latents = noise * scheduler.init_noise_sigma
@@ -584,7 +587,11 @@ class SdxlFamily(Family[SdxlJob]):
 
     @on_device
     def preview(self, job: SdxlJob) -> np.ndarray:
-        return job.leg.part.vae.preview(job.latents)
+        leg = job.leg
+        if job.leg_step == len(leg.timesteps):
+            return leg.part.vae.preview(job.latents)
+        # As the UNet sees them: the schedulers that count in sigmas keep latents far larger than they mean.
+        return leg.part.vae.preview(leg.scheduler.scale_model_input(job.latents, leg.scheduler_timesteps[job.leg_step]))
 
     @property
     def decode_retries(self) -> int:  # type: ignore[override]

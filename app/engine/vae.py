@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 
 from app.errors import GenerationFailed
@@ -18,8 +19,8 @@ from app.generation import Pixels
 from app.images import to_pil
 
 HALF = (torch.float16, torch.bfloat16)
-SAMPLES = 24
-"""Pictures that teach a preview what the latents mean."""
+PREVIEW = 256
+"""Pixels of the shorter side of a preview, about."""
 
 
 class Vae:
@@ -37,7 +38,6 @@ class Vae:
         self.module = module
         self.processor = processor
         self.retries = 0
-        self._to_rgb: torch.Tensor | None = None
 
     # --- Pixels to latents -------------------------------------------------------------------------------------
 
@@ -61,10 +61,12 @@ class Vae:
         latents: torch.Tensor = posterior.sample(generator).to(dtype)
         mean, deviation = self._normal(latents)
         factor = self.module.config.scaling_factor
-        if mean is not None:
-            return (latents - mean) * factor / deviation
         shift = self.module.config.shift_factor
-        return (latents if shift is None else latents - shift) * factor
+        if mean is not None:
+            latents = (latents - mean) * factor / deviation
+        else:
+            latents = (latents if shift is None else latents - shift) * factor
+        return latents
 
     def _normal(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         """Mean and deviation of each channel, where the configuration has them."""
@@ -121,9 +123,12 @@ class Vae:
         config = self.module.config
         mean, deviation = self._normal(latents)
         if mean is not None and deviation is not None:
-            return latents * deviation / config.scaling_factor + mean
-        latents = latents / config.scaling_factor
-        return latents if config.shift_factor is None else latents + config.shift_factor
+            latents = latents * deviation / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor
+            if config.shift_factor is not None:
+                latents = latents + config.shift_factor
+        return latents
 
     @contextlib.contextmanager
     def _tiles(self, tiled: bool) -> Iterator[None]:
@@ -147,30 +152,16 @@ class Vae:
     # --- Previews ----------------------------------------------------------------------------------------------
 
     def preview(self, latents: torch.Tensor) -> np.ndarray:
-        """What the latents show, one pixel for each: uint8 ``[h / f, w / f, 3]``.
+        """What the latents show so far, about `PREVIEW` pixels wide: uint8 ``[h, w, 3]``.
 
-        A linear map does it: whatever the autoencoder, mean colours are nearly linear in its latents.
+        Decoding a few averaged latents costs a small part of decoding them all, and works for every autoencoder.
 
         Args:
             latents: scaled, ``[1, c, h / f, w / f]``.
         """
-        if self._to_rgb is None:
-            self._to_rgb = self._fit_colours(latents)
-        flat = latents[0].float().flatten(1).T
-        ones = flat.new_ones(len(flat), 1)
-        colours = torch.cat([flat, ones], dim=1) @ self._to_rgb
-        image = colours.view(*latents.shape[2:], 3).nan_to_num(0).clamp(0, 1) * 255
-        pixels: np.ndarray = image.round().to(torch.uint8).cpu().numpy()
+        factor = max(1, round(min(latents.shape[2:]) * 8 / PREVIEW))
+        small = F.avg_pool2d(latents.float().nan_to_num(0), factor) if factor > 1 else latents.nan_to_num(0)
+        image = self.module.decode(self._unscale(small.to(self.module.dtype)), return_dict=False)[0]
+        image = (image * 0.5 + 0.5).nan_to_num(0).clamp(0, 1)[0].permute(1, 2, 0).float()
+        pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()
         return pixels
-
-    def _fit_colours(self, like: torch.Tensor) -> torch.Tensor:
-        """Least squares from latents to colours, ``[c + 1, 3]``, over flat pictures of random colours."""
-        generator = torch.Generator().manual_seed(0)
-        colours = torch.rand(SAMPLES, 3, generator=generator)
-        flat = (colours * 2 - 1)[:, :, None, None].expand(-1, -1, 64, 64)
-        latents = torch.cat([self.encode(each[None], generator, like.device, like.dtype) for each in flat])
-        inner = latents[:, :, 2:-2, 2:-2].float()
-        rows = inner.permute(0, 2, 3, 1).flatten(0, 2).cpu()
-        rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
-        targets = colours.repeat_interleave(inner.shape[2] * inner.shape[3], dim=0)
-        return torch.linalg.lstsq(rows, targets).solution.to(like.device)

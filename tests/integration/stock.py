@@ -1,0 +1,56 @@
+"""The stock pipelines that our pictures are held against, and one of our own jobs from start to end."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from app.engine.family import Family
+from app.generation import GenerateRequest
+from app.images import decode_image
+
+
+def ours(family: Family[Any], **parameters: Any) -> np.ndarray:
+    """One request alone, through all four stages: uint8 ``[h, w, 3]``."""
+    for name in ("image", "mask_image"):
+        if isinstance(parameters.get(name), Image.Image):
+            parameters[name] = decode_image(name, png(parameters[name]), 10**7)
+    request = family.resolve(GenerateRequest(**parameters))
+    job = family.begin(request, family.encode(request))
+    while not job.done:
+        family.step([job])
+    picture: np.ndarray = family.decode([job])[0]
+    return picture
+
+
+def theirs(pipeline: Any, seed: int | torch.Generator, **parameters: Any) -> np.ndarray:
+    """The same from a stock pipeline; a generator instead of a seed goes on where it is."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    output = pipeline(**parameters, generator=generator).images
+    return output if isinstance(output, torch.Tensor) else np.asarray(output[0])
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(width: int = 128, height: int = 128) -> Image.Image:
+    """A green square on yellow, with something going on."""
+    image = Image.new("RGB", (width, height), (240, 210, 50))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((width // 4, height // 4, width * 3 // 4, height * 3 // 4), fill=(40, 170, 70))
+    draw.line((0, 0, width, height), fill=(20, 20, 20), width=3)
+    return image
+
+
+def mask(width: int = 128, height: int = 128) -> Image.Image:
+    """White in a circle of the middle."""
+    image = Image.new("L", (width, height), 0)
+    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width * 3 // 4, height * 3 // 4), fill=255)
+    return image
