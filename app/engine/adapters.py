@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,14 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         _check_file(path)
         logger.info("loading the adapter %s from %s", name, path)
         try:
-            pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
+                pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
         except Exception as error:
             lines = str(error).strip().splitlines() or [repr(error)]
             raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {lines[0]}") from error
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
-            raise ModelLoadFailed(
-                f"The adapter in {path} has no weights for this model; name one made for it."
-            )
+            raise ModelLoadFailed(f"The adapter in {path} has no weights for this model; name one made for it.")
         scales[name] = scale
     pipeline.disable_lora()
     return Adapters(pipeline, scales)

@@ -169,11 +169,8 @@ class SdxlFamily(Family[SdxlJob]):
         self._inpaint = StableDiffusionXLInpaintPipeline(**pipeline.components)
         encoders = filter(None, (pipeline.text_encoder, pipeline.text_encoder_2))
         self.maxima = {"clip_skip": min(encoder.config.num_hidden_layers for encoder in encoders) - 1}
-        self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS
-        if refiner is None:
-            self.parameters -= {"denoising_limit", *SCORES}
-        if loaded is None:
-            self.parameters -= {"loras"}
+        # The refiner's stay without one: callers who do not know what is loaded send them all the same.
+        self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if loaded else {"loras"})
         self._defaults = {
             task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
             for task, stock in STOCK.items()
@@ -182,9 +179,6 @@ class SdxlFamily(Family[SdxlJob]):
     # --- resolve -----------------------------------------------------------------------------------------------
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
-        for name in OTHERS_PARAMETERS:
-            if getattr(request, name) is not None:
-                raise InvalidRequest(f"{name} is a parameter of FLUX; leave it out, this model is SDXL.")
         default = self._defaults[request.task]
         height, width = self._size(request)
         self._check_clip_skip(request.clip_skip)

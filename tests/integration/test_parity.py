@@ -14,23 +14,9 @@ from app.engine.schedulers import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest
+from tests.integration.stock import ours, theirs
 
 PROMPT = "a small red star on a white background"
-
-
-def ours(family: SdxlFamily, **parameters: Any) -> np.ndarray:
-    request = family.resolve(GenerateRequest(**parameters))
-    job = family.begin(request, family.encode(request))
-    while not job.done:
-        family.step([job])
-    picture: np.ndarray = family.decode([job])[0]
-    return picture
-
-
-def theirs(stock: StableDiffusionXLPipeline, seed: int, **parameters: Any) -> np.ndarray:
-    generator = torch.Generator().manual_seed(seed)
-    image = stock(**parameters, generator=generator, output_type="pil").images[0]
-    return np.asarray(image)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +31,8 @@ def theirs(stock: StableDiffusionXLPipeline, seed: int, **parameters: Any) -> np
         ("", 6, 3, 5.0),
         ("words that it never saw: zebra, 日本, émoji 🎨", 7, 3, 5.0),
         ("a yellow circle on a blue background", 2**63 - 1, 10, 12.0),
-        ("red " * 120, 9, 2, 5.0),
+        ("(parentheses) and [brackets] that (weigh nothing", 9, 2, 5.0),
+        ("red " * 75, 9, 2, 5.0),
     ],
 )
 def test_a_solo_request_equals_the_stock_call_in_every_pixel(
@@ -77,6 +64,10 @@ def test_a_solo_request_equals_the_stock_call_in_every_pixel(
         pytest.param({"height": 96, "width": 160}, id="landscape"),
         pytest.param({"height": 104, "width": 72}, id="odd-latents"),
         pytest.param({"height": 8, "width": 8}, id="smallest"),
+        pytest.param({"negative_original_size": (64, 64), "negative_target_size": (32, 32)}, id="negative-sizes"),
+        pytest.param({"negative_original_size": (64, 64)}, id="negative-size-alone"),
+        pytest.param({"timesteps": [999, 500, 100]}, id="timesteps"),
+        pytest.param({"sigmas": [10.0, 3.0, 0.5]}, id="sigmas"),
     ],
 )
 def test_every_parameter_means_what_it_means_to_the_stock_call(
@@ -103,12 +94,58 @@ def test_every_scheduler_equals_the_stock_call_with_that_scheduler(
 ) -> None:
     class_name, overrides = NAMES[name]
     own = stock.scheduler
-    stock.scheduler = getattr(diffusers, class_name).from_config(own.config, **overrides)
+    seeded = {"noise_sampler_seed": 5} if class_name == "DPMSolverSDEScheduler" else {}
+    stock.scheduler = getattr(diffusers, class_name).from_config(own.config, **overrides, **seeded)
     try:
         expected = theirs(stock, 5, prompt=PROMPT, num_inference_steps=6)
     finally:
         stock.scheduler = own
     picture = ours(family, prompt=PROMPT, seed=5, num_inference_steps=6, scheduler=name)
+    assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("flag", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", None])
+@pytest.mark.parametrize("name", ["Euler", "DPM++ 2M", "Heun", "UniPC", "DPM++ SDE", "LMS", "DEIS"])
+def test_noise_levels_and_spacings_are_those_of_the_stock_scheduler(
+    family: SdxlFamily, stock: StableDiffusionXLPipeline, name: str, flag: str | None, spacing: str
+) -> None:
+    class_name, overrides = NAMES[name]
+    own = stock.scheduler
+    options = {"timestep_spacing": spacing, **({flag: True} if flag else {})}
+    seeded = {"noise_sampler_seed": 5} if class_name == "DPMSolverSDEScheduler" else {}
+    stock.scheduler = getattr(diffusers, class_name).from_config(own.config, **overrides, **options, **seeded)
+    try:
+        expected = theirs(stock, 5, prompt=PROMPT, num_inference_steps=3)
+    finally:
+        stock.scheduler = own
+    picture = ours(family, prompt=PROMPT, seed=5, num_inference_steps=3, scheduler=name, **options)
+    assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"scheduler": "DDIM", "use_karras_sigmas": True}, "DDIM has no use_karras_sigmas"),
+        ({"scheduler": "DDIM", "sigmas": (3.0, 1.0)}, "DDIM takes no sigmas of one's own"),
+        ({"scheduler": "UniPC", "timesteps": (3.0, 1.0)}, "UniPC takes no timesteps of one's own"),
+    ],
+)
+def test_what_a_scheduler_cannot_do_is_refused_by_its_name(
+    family: SdxlFamily, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        family.resolve(GenerateRequest(prompt=PROMPT, **parameters))
+
+
+def test_eta_is_ddims(family: SdxlFamily, stock: StableDiffusionXLPipeline) -> None:
+    own = stock.scheduler
+    stock.scheduler = diffusers.DDIMScheduler.from_config(own.config)
+    try:
+        expected = theirs(stock, 5, prompt=PROMPT, num_inference_steps=4, eta=0.7)
+    finally:
+        stock.scheduler = own
+    picture = ours(family, prompt=PROMPT, seed=5, num_inference_steps=4, eta=0.7, scheduler="DDIM")
     assert np.array_equal(picture, expected)
 
 
@@ -152,7 +189,6 @@ def test_what_the_model_cannot_do_is_refused_with_what_it_can(
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"prompt": "red " * 120}, "prompt has 120 tokens, of which the model reads 75"),
         ({"prompt": "p", "guidance_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
         ({"prompt": "p", "negative_prompt_2": "x"}, "no effect without negative_prompt"),
     ],

@@ -17,7 +17,6 @@ from diffusers import (
 
 from app.engine.schedulers import NAMES
 from app.engine.sdxl import SdxlFamily
-from app.errors import InvalidRequest
 from app.generation import GenerateRequest
 from tests.integration.stock import mask, ours, picture, theirs
 
@@ -188,7 +187,6 @@ def test_without_a_refiner_its_parameters_have_no_effect_and_that_is_said(family
     assert sentence == "denoising_limit and aesthetic_score have no effect without a refiner."
 
 
-@pytest.mark.parametrize("name", ["true_cfg_scale", "max_sequence_length"])
-def test_parameters_of_flux_are_refused_by_name(family: SdxlFamily, name: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"{name} is a parameter of FLUX"):
-        family.resolve(GenerateRequest(prompt=PROMPT, **{name: 2}))
+def test_the_model_names_what_it_takes(family: SdxlFamily) -> None:
+    assert "true_cfg_scale" not in family.parameters and "loras" not in family.parameters
+    assert {"image", "mask_image", "denoising_limit", "aesthetic_score"} <= family.parameters

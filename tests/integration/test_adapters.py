@@ -1,0 +1,157 @@
+"""LoRA adapters by name: per request, in company, without a trace in the requests after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+
+from app.engine.adapters import load_adapters, parse_reference
+from app.engine.sdxl import SdxlFamily
+from app.engine.weights import DEMO_WEIGHTS
+from app.errors import InvalidRequest, ModelLoadFailed
+from app.generation import GenerateRequest
+from tests.integration.stock import ours, theirs
+
+PROMPT = "a red circle on a white background"
+COMMON = {"prompt": PROMPT, "num_inference_steps": 3}
+
+
+def fresh() -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO_WEIGHTS / "sdxl", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters with random weights, one of them with text encoder layers too."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        pipeline = fresh()
+        config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+        pipeline.unet.add_adapter(config)
+        layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet)}
+        if name == "second":
+            text = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+            pipeline.text_encoder.add_adapter(text)
+            layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder)
+        pipeline.save_lora_weights(folder, weight_name=f"{name}.safetensors", **layers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_loras(folder: Path) -> SdxlFamily:
+    pipeline = fresh()
+    references = (f"first={folder / 'first.safetensors'}", f"second={folder / 'second.safetensors'}:0.5")
+    return SdxlFamily(pipeline, loaded=load_adapters(pipeline, references))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize(
+    ("loras", "names", "scales"),
+    [
+        ((("first", 1.0),), ["first"], [1.0]),
+        ((("second", 0.8),), ["second"], [0.4]),
+        ((("second", 1.0), ("first", 0.3)), ["first", "second"], [0.3, 0.5]),
+    ],
+)
+def test_an_adapter_paints_as_in_the_stock_pipeline(
+    with_loras: SdxlFamily,
+    folder: Path,
+    loras: tuple[tuple[str, float], ...],
+    names: list[str],
+    scales: list[float],
+) -> None:
+    stock = fresh()
+    for name in names:
+        stock.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=name)
+    stock.set_adapters(names, scales)
+    assert np.array_equal(ours(with_loras, seed=2, loras=loras, **COMMON), theirs(stock, 2, **COMMON))
+
+
+def test_a_request_without_adapters_is_painted_as_if_none_were_loaded(
+    with_loras: SdxlFamily, stock: StableDiffusionXLPipeline
+) -> None:
+    plain = theirs(stock, 2, **COMMON)
+    assert np.array_equal(ours(with_loras, seed=2, **COMMON), plain)
+    changed = ours(with_loras, seed=2, loras=(("second", 2.0),), **COMMON)
+    assert np.abs(changed.astype(int) - plain).mean() > 1
+    assert np.array_equal(ours(with_loras, seed=2, **COMMON), plain), "an adapter left a trace"
+    assert np.array_equal(ours(with_loras, seed=2, loras=(("first", 0.0),), **COMMON), plain)
+
+
+def test_only_jobs_with_the_same_adapters_share_a_pass_and_each_keeps_its_own(with_loras: SdxlFamily) -> None:
+    choices = [None, (("first", 1.0),), (("first", 0.5),), (("second", 1.0), ("first", 0.5))]
+    requests = [
+        with_loras.resolve(GenerateRequest(seed=seed, loras=loras, **COMMON)) for seed, loras in enumerate(choices)
+    ]
+    jobs = [with_loras.begin(request, with_loras.encode(request)) for request in requests]
+    assert len({with_loras.signature(job) for job in jobs}) == 4
+    while not jobs[0].done:
+        for job in jobs:
+            with_loras.step([job])
+    for seed, (loras, job) in enumerate(zip(choices, jobs, strict=True)):
+        alone = ours(with_loras, seed=seed, loras=loras, **COMMON)
+        assert np.abs(with_loras.decode([job])[0].astype(int) - alone).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("loras", "message"),
+    [((("frist", 1.0),), "no adapter 'frist' .did you mean 'first'"), ((("magic", 1.0),), "there are first, second")],
+)
+def test_an_adapter_that_is_not_loaded_is_refused(
+    with_loras: SdxlFamily, loras: tuple[tuple[str, float], ...], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        with_loras.resolve(GenerateRequest(prompt=PROMPT, loras=loras))
+
+
+def test_where_none_is_loaded_the_setting_is_named(family: SdxlFamily) -> None:
+    with pytest.raises(InvalidRequest, match=r"none is loaded \(--lora\)"):
+        family.resolve(GenerateRequest(prompt=PROMPT, loras=(("first", 1.0),)))
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("a=/x/y.safetensors", ("a", Path("/x/y.safetensors"), 1.0)),
+        ("a-b.c=y.safetensors:0.5", ("a-b.c", Path("y.safetensors"), 0.5)),
+        ("a=y.safetensors:-1", ("a", Path("y.safetensors"), -1.0)),
+        ("a=c:/odd.safetensors", ("a", Path("c:/odd.safetensors"), 1.0)),
+    ],
+)
+def test_references_are_read(reference: str, parts: tuple[str, Path, float]) -> None:
+    assert parse_reference(reference) == parts
+
+
+@pytest.mark.parametrize("reference", ["", "path.safetensors", "=x", "a=", "a b=x.safetensors", "a,b=x"])
+def test_other_references_are_refused(reference: str) -> None:
+    with pytest.raises(ModelLoadFailed, match="must be NAME=PATH"):
+        parse_reference(reference)
+
+
+def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
+    pipeline = fresh()
+    whole = (folder / "first.safetensors").read_bytes()
+    cases = {
+        "cut.safetensors": (whole[:-10], "is not whole"),
+        "page.safetensors": (b"<!DOCTYPE html><html></html>", "is damaged"),
+        "empty.safetensors": (b"", "is damaged"),
+        "pickle.bin": (b"\x80\x02", "no .safetensors file"),
+    }
+    for name, (data, message) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ModelLoadFailed, match=message) as caught:
+            load_adapters(pipeline, [f"x={tmp_path / name}"])
+        assert name in str(caught.value)
+    with pytest.raises(ModelLoadFailed, match=r"missing\.safetensors does not exist"):
+        load_adapters(pipeline, [f"x={tmp_path / 'missing.safetensors'}"])
+    vae = DEMO_WEIGHTS / "sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ModelLoadFailed, match=r"adapter in .*diffusion_pytorch_model"):
+        load_adapters(pipeline, [f"x={vae}"])

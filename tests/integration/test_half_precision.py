@@ -1,0 +1,97 @@
+"""What half precision may do to a picture: never a black one with status 200."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from app.engine.sdxl import SdxlFamily
+from app.engine.vae import Vae
+from app.errors import GenerationFailed
+from app.generation import GenerateRequest
+from tests.integration.stock import ours
+
+PROMPT = "a red circle on a white background"
+
+
+class Overflowing(torch.nn.Module):
+    """A last layer whose numbers leave float16, as those of SDXL's first autoencoder do."""
+
+    def __init__(self, inner: torch.nn.Module, spoilt: float) -> None:
+        super().__init__()
+        self.inner = inner
+        self.spoilt = spoilt
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        painted: torch.Tensor = self.inner(x)
+        return torch.full_like(painted, self.spoilt) if x.dtype == torch.bfloat16 else painted
+
+
+@pytest.fixture
+def half(stock: StableDiffusionXLPipeline) -> Iterator[AutoencoderKL]:
+    """The demo's autoencoder in bfloat16, in a pipeline of float32."""
+    vae = AutoencoderKL.from_config(stock.vae.config)
+    vae.load_state_dict(stock.vae.state_dict())
+    return vae.to(torch.bfloat16).eval()
+
+
+def family_with(stock: StableDiffusionXLPipeline, vae: Any) -> SdxlFamily:
+    return SdxlFamily(StableDiffusionXLPipeline(**{**stock.components, "vae": vae}))
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf"), -1.0], ids=["nan", "infinity", "black"])
+def test_a_spoilt_picture_is_decoded_once_more_in_float32_and_counted(
+    stock: StableDiffusionXLPipeline, family: SdxlFamily, half: AutoencoderKL, spoilt: float
+) -> None:
+    half.decoder.conv_out = Overflowing(half.decoder.conv_out, spoilt)
+    spoiling = family_with(stock, half)
+    common = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 4}
+    painted = ours(spoiling, **common)
+    assert spoiling.decode_retries == 1
+    # The weights went through bfloat16 once, so the pictures are alike and not equal.
+    assert np.abs(painted.astype(int) - ours(family, **common)).mean() < 5
+    assert half.dtype == torch.bfloat16, "the shared autoencoder keeps the format that it was loaded in"
+
+
+def test_what_float32_cannot_save_is_an_error(stock: StableDiffusionXLPipeline, half: AutoencoderKL) -> None:
+    torch.nn.init.constant_(half.decoder.conv_out.bias, float("nan"))
+    spoilt = family_with(stock, half)
+    with pytest.raises(GenerationFailed, match="black or as numbers that are not finite, in float32 too"):
+        ours(spoilt, prompt=PROMPT, seed=1, num_inference_steps=1)
+
+
+def test_a_black_picture_that_was_meant_is_a_picture(stock: StableDiffusionXLPipeline, family: SdxlFamily) -> None:
+    black = AutoencoderKL.from_config(stock.vae.config)
+    torch.nn.init.zeros_(black.decoder.conv_out.weight)
+    torch.nn.init.constant_(black.decoder.conv_out.bias, -1.0)
+    pixels = Vae(black.eval(), stock.image_processor).decode(torch.zeros(1, 4, 8, 8))
+    assert not pixels.any()
+
+
+def test_a_half_precision_pipeline_paints_nearly_the_same(stock: StableDiffusionXLPipeline, family: SdxlFamily) -> None:
+    import copy
+
+    modules = {name: part for name, part in stock.components.items() if isinstance(part, torch.nn.Module)}
+    halved = {name: copy.deepcopy(module).to(torch.bfloat16) for name, module in modules.items()}
+    low = SdxlFamily(StableDiffusionXLPipeline(**{**stock.components, **halved}))
+    request = low.resolve(GenerateRequest(prompt=PROMPT, seed=1, num_inference_steps=6))
+    job = low.begin(request, low.encode(request))
+    assert job.latents.dtype == torch.bfloat16
+    painted = ours(low, prompt=PROMPT, seed=1, num_inference_steps=6)
+    assert np.abs(painted.astype(int) - ours(family, prompt=PROMPT, seed=1, num_inference_steps=6)).mean() < 12
+
+
+def test_tiles_paint_the_same_picture_within_a_seam(family: SdxlFamily) -> None:
+    request = family.resolve(GenerateRequest(prompt=PROMPT, seed=1, num_inference_steps=2, height=256, width=256))
+    job = family.begin(request, family.encode(request))
+    while not job.done:
+        family.step([job])
+    whole, tiled = family.decode([job])[0], family.decode([job], tiled=True)[0]
+    assert whole.shape == tiled.shape
+    assert np.abs(whole.astype(int) - tiled).mean() < 12
+    assert np.array_equal(family.decode([job])[0], whole), "tiling was switched off again"
