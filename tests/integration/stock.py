@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw
 
 from app.engine.family import Family
 from app.generation import GenerateRequest
-from app.images import decode_image
+from app.images import decode_images
 
 
 def ours(family: Family[Any], **parameters: Any) -> np.ndarray:
     """One request alone, through all four stages: uint8 ``[h, w, 3]``."""
     for name in ("image", "mask_image"):
         if isinstance(parameters.get(name), Image.Image):
-            parameters[name] = decode_image(name, png(parameters[name]), 10**7)
+            (parameters[name],) = decode_images([(name, png(parameters[name]))], 10**7)
     request = family.resolve(GenerateRequest(**parameters))
     job = family.begin(request, family.encode(request))
     while not job.done:
