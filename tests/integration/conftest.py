@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from app.engine.sdxl import SdxlFamily
 from app.engine.weights import DEMO_WEIGHTS, load_family
@@ -28,3 +28,28 @@ def stock() -> Iterator[StableDiffusionXLPipeline]:
     pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO_WEIGHTS / "sdxl", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def stock_refiner(stock: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPipeline:
+    """A refiner of random weights: it refines nothing, but every pixel depends on how it is asked."""
+    config = {**stock.unet.config, "cross_attention_dim": 64, "projection_class_embeddings_input_dim": 64 + 5 * 8}
+    torch.manual_seed(0)
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=stock.vae,
+        text_encoder=None,
+        text_encoder_2=stock.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=stock.tokenizer_2,
+        unet=UNet2DConditionModel.from_config(config).eval(),
+        scheduler=type(stock.scheduler).from_config(stock.scheduler.config),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def refined(stock: StableDiffusionXLPipeline, stock_refiner: StableDiffusionXLImg2ImgPipeline) -> SdxlFamily:
+    return SdxlFamily(stock, stock_refiner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from app.engine.batcher import Batcher
 from app.engine.sdxl import SdxlFamily
 from app.generation import GeneratedImage, GenerateRequest
+from app.images import decode_images
 from app.telemetry import Telemetry
+from tests.integration.stock import mask, picture, png
 
 WAIT = 300.0
 SCHEDULERS = (None, "Euler a", "DPM++ 2M Karras", "DDIM", "LCM", "Heun")
@@ -30,6 +33,33 @@ def sixteen_requests() -> list[GenerateRequest]:
             crops_coords_top_left=(rng.randrange(0, 64), 0),
         )
         for _ in range(16)
+    ]
+
+
+def sixteen_of_every_kind() -> list[GenerateRequest]:
+    """Text to image, refined from different limits, image to image and inpainting, in two sizes."""
+    rng = random.Random(8)
+    (image, covered) = decode_images([("image", png(picture())), ("mask_image", png(mask()))], 10**6)
+    kinds: list[dict[str, Any]] = [
+        {"denoising_limit": 1.0},
+        {"denoising_limit": 0.5},
+        {"denoising_limit": 0.8},
+        {"denoising_limit": 1.0, "image": image, "strength": 0.7},
+        {"denoising_limit": 0.6, "image": image, "strength": 0.9},
+        {"denoising_limit": 1.0, "image": image, "mask_image": covered},
+        {"denoising_limit": 0.7, "image": image, "mask_image": covered, "strength": 0.8},
+        {"denoising_limit": 0.7, "height": 96, "width": 160},
+    ]
+    return [
+        GenerateRequest(
+            prompt=f"a {rng.choice(('red', 'blue'))} {rng.choice(('star', 'cross'))} on a white background",
+            seed=rng.randrange(2**32),
+            num_inference_steps=rng.randrange(4, 9),
+            guidance_scale=rng.choice((1.0, 5.0)),
+            scheduler=rng.choice(SCHEDULERS),
+            **kind,
+        )
+        for kind in kinds * 2
     ]
 
 
@@ -80,3 +110,16 @@ def test_sixteen_different_requests_at_once_give_the_pictures_that_each_gives_al
 def test_a_request_gives_the_same_bytes_again(family: SdxlFamily, alone: list[GeneratedImage]) -> None:
     again = paint(family, [[request] for request in sixteen_requests()[:3]], Telemetry("again"))
     assert [image.encoded for image in again] == [image.encoded for image in alone[:3]]
+
+
+def test_sixteen_requests_of_every_kind_at_once_give_the_pictures_that_each_gives_alone(refined: SdxlFamily) -> None:
+    requests = sixteen_of_every_kind()
+    telemetry = Telemetry("kinds")
+    alone = paint(refined, [[request] for request in requests], Telemetry("one by one"))
+    together = paint(refined, [requests], telemetry)
+    for request, one, other in zip(requests, alone, together, strict=True):
+        difference = np.frombuffer(one.pixels.data, np.uint8).astype(int) - np.frombuffer(other.pixels.data, np.uint8)
+        assert np.abs(difference).max() <= 2, request
+    passes = telemetry.registry.get_sample_value("sdxl_rows_per_forward_pass_count", {"model_name": "kinds"}) or 0.0
+    steps = telemetry.registry.get_sample_value("sdxl_steps_total", {"model_name": "kinds"}) or 0.0
+    assert passes <= steps / 2, "forward passes were hardly shared"
