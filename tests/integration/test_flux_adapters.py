@@ -1,0 +1,95 @@
+"""LoRA adapters on FLUX: per request, as in the stock pipeline, without a trace in the requests after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+
+from app.engine.adapters import Loras, load_adapters
+from app.engine.flux import FluxFamily
+from app.generation import GenerateRequest
+from tests.integration.stock import ours, theirs
+from tests.tiny_flux import make_flux
+
+COMMON: dict[str, Any] = {
+    **{"prompt": "a red star", "height": 64, "width": 64},
+    **{"num_inference_steps": 3, "max_sequence_length": 32},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters with random weights, one of them with text encoder layers too."""
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, name in enumerate(("first", "second")):
+        pipeline = make_flux()
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v"])
+        pipeline.transformer.add_adapter(config)
+        layers = {"transformer_lora_layers": get_peft_model_state_dict(pipeline.transformer)}
+        if name == "second":
+            text = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+            pipeline.text_encoder.add_adapter(text)
+            layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder)
+        pipeline.save_lora_weights(folder, weight_name=f"{name}.safetensors", **layers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_loras(folder: Path) -> FluxFamily:
+    pipeline = make_flux()
+    references = (f"first={folder / 'first.safetensors'}", f"second={folder / 'second.safetensors'}:0.5")
+    return FluxFamily(pipeline, load_adapters(pipeline, references))
+
+
+def quiet() -> FluxPipeline:
+    pipeline = make_flux()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize(
+    ("loras", "names", "scales"),
+    [
+        ((("first", 1.0),), ["first"], [1.0]),
+        ((("second", 0.8),), ["second"], [0.4]),
+        ((("second", 1.0), ("first", 0.3)), ["first", "second"], [0.3, 0.5]),
+    ],
+)
+def test_an_adapter_paints_as_in_the_stock_pipeline(
+    with_loras: FluxFamily, folder: Path, loras: Loras, names: list[str], scales: list[float]
+) -> None:
+    stock = quiet()
+    for name in names:
+        stock.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=name)
+    stock.set_adapters(names, scales)
+    assert np.array_equal(ours(with_loras, seed=2, loras=loras, **COMMON), theirs(stock, 2, **COMMON))
+
+
+def test_a_request_without_adapters_is_painted_as_if_none_were_loaded(with_loras: FluxFamily) -> None:
+    plain = theirs(quiet(), 2, **COMMON)
+    assert np.array_equal(ours(with_loras, seed=2, **COMMON), plain)
+    changed = ours(with_loras, seed=2, loras=(("second", 2.0),), **COMMON)
+    assert np.abs(changed.astype(int) - plain).mean() > 1
+    assert np.array_equal(ours(with_loras, seed=2, **COMMON), plain), "an adapter left a trace"
+
+
+def test_only_jobs_with_the_same_adapters_share_a_pass_and_each_keeps_its_own(with_loras: FluxFamily) -> None:
+    choices: list[Loras | None] = [None, (("first", 1.0),), (("first", 0.5),), (("second", 1.0), ("first", 0.5))]
+    requests = [
+        with_loras.resolve(GenerateRequest(seed=seed, loras=loras, **COMMON)) for seed, loras in enumerate(choices)
+    ]
+    jobs = [with_loras.begin(request, with_loras.encode(request)) for request in requests]
+    assert len({with_loras.signature(job) for job in jobs}) == 4
+    while not jobs[0].done:
+        for job in jobs:
+            with_loras.step([job])
+    for seed, (loras, job) in enumerate(zip(choices, jobs, strict=True)):
+        assert np.array_equal(with_loras.decode([job])[0], ours(with_loras, seed=seed, loras=loras, **COMMON))
