@@ -6,6 +6,8 @@ A class says what happened, never how a transport reports it: `api/edge.py` has 
     ├── InvalidRequest            the request cannot be served as it is; the sentence says what to change
     ├── Unauthorized              no key, or not the right one
     ├── ModelNotFound             no model of that name or version
+    ├── RequestNotFound           no request of that id runs, and none did lately
+    ├── KeyReused                 an idempotency key that came with another request before
     ├── BodyTooLarge              more bytes than the server reads
     ├── BodyTooSlow               the client stopped sending before the body was whole
     ├── UnsupportedEncoding       a content encoding that is not spoken here
@@ -16,7 +18,8 @@ A class says what happened, never how a transport reports it: `api/edge.py` has 
     ├── GenerationFailed          an accepted request that ends without a picture
     │   ├── Cancelled             the client left or said stop
     │   ├── DeadlineExceeded      its time was up
-    │   └── OutOfMemory           the device could not hold it
+    │   ├── OutOfMemory           the device could not hold it
+    │   └── DeviceLost            the device is in a state that only a restart mends
     └── StartupError              the server cannot start as configured
         ├── InvalidSettings       a flag, environment variable or .env key
         └── ModelLoadFailed       the weights
@@ -41,6 +44,14 @@ class Unauthorized(RuntimeFault):
 
 class ModelNotFound(RuntimeFault):
     code = "model_not_found"
+
+
+class RequestNotFound(RuntimeFault):
+    code = "request_not_found"
+
+
+class KeyReused(RuntimeFault):
+    code = "key_reused"
 
 
 class BodyTooLarge(RuntimeFault):
@@ -96,6 +107,10 @@ class DeadlineExceeded(GenerationFailed):
 
 class OutOfMemory(GenerationFailed):
     code = "out_of_memory"
+
+
+class DeviceLost(GenerationFailed):
+    code = "device_lost"
 
 
 class StartupError(RuntimeFault):

@@ -604,7 +604,50 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request is: denoising steps taken, of all steps of all its images."""
+    """How far a request is.
+
+    Attributes:
+        steps_done: denoising steps taken, of all its images.
+        steps_total: of all its images.
+        place: in the queue, from 1 on; 0 once its first image has begun.
+        seconds: until it is likely to be done; ``None`` while nothing like it was measured.
+    """
 
     steps_done: int
     steps_total: int
+    place: int = 0
+    seconds: float | None = None
+
+
+class PreviewKind(enum.StrEnum):
+    LATENTS = "latents"
+    VAE = "vae"
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewWish:
+    """Which previews a caller wants.
+
+    Attributes:
+        kind: small and cheap from the latents, or whole pictures from the VAE, which cost as much as a decode.
+        every: denoising steps from one preview of an image to its next.
+    """
+
+    kind: PreviewKind
+    every: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What one image of a request looks like so far.
+
+    Attributes:
+        image: its number within the request, from 0 on.
+        step: denoising steps that it has.
+        encoded: a file in `format`.
+    """
+
+    image: int
+    step: int
+    encoded: bytes
+    format: ImageFormat = ImageFormat.JPEG

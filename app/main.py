@@ -25,7 +25,7 @@ from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
 from app.engine.repository import Model, Repository, State
-from app.errors import InvalidSettings, RuntimeFault, StartupError
+from app.errors import DeviceLost, InvalidSettings, RuntimeFault, StartupError
 from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
 from app.settings import Settings, load_settings
@@ -34,6 +34,8 @@ from app.telemetry import METRICS_CONTENT_TYPE, AccessLog, Telemetry, configure_
 logger = logging.getLogger(__name__)
 
 DISTRIBUTION = "sdxl-runtime"
+DEVICE_LOST = 3
+"""Exit code of a process that only a new one can replace."""
 
 
 def create_app(
@@ -46,18 +48,23 @@ def create_app(
     Args:
         settings: what to run with.
         load: makes the model family on the device thread; by default what `settings` name.
-        on_failure: called from the device thread when the model cannot be loaded.
+        on_failure: called from the device thread when the model cannot be loaded, and when the device is lost.
     """
     started = time.monotonic()
     telemetry = Telemetry(settings.model_name)
     batcher = Batcher(
-        load or (lambda: _load_family(settings)),
+        [load or functools.partial(_load_family, settings.for_replica(i)) for i in range(settings.replicas)],
         telemetry,
         max_queue=settings.max_queue,
         max_batch_size=settings.max_batch_size,
         encode_threads=settings.encode_threads,
         embed_metadata=settings.embed_metadata,
         warm_up=settings.warm_up,
+        max_batch_pixels=settings.max_batch_pixels,
+        max_queue_seconds=settings.max_queue_seconds,
+        step_timeout=settings.step_timeout,
+        idempotency_seconds=settings.idempotency_seconds,
+        on_lost=on_failure,
     )
     model = Model(settings.model_name, MODEL_VERSION, batcher, settings.limits, settings.request_timeout)
     repository = Repository([model])
@@ -137,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop.
 
     Returns:
-        The exit code: 0 after a shutdown that was asked for, 1 when the model cannot be loaded, 2 for wrong settings.
+        The exit code: 0 after a shutdown that was asked for, 1 when the model cannot be loaded, 2 for wrong settings,
+        3 when the device is lost and only a new process can use it.
     """
     try:
         settings = load_settings(sys.argv[1:] if arguments is None else arguments)
@@ -148,8 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sdxl-runtime: {error}", file=sys.stderr)
         return 2
     code = _serve(settings, server, listener, failures)
-    if any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
-        # Stopped while loading: torch cannot be interrupted, and it may crash an interpreter that ends around it.
+    if code == DEVICE_LOST or any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
+        # Stopped while loading, hanging or lost: torch cannot be interrupted, and it may crash an interpreter that ends
+        # around it.
         logging.shutdown()
         os._exit(code)
     return code
@@ -209,6 +218,9 @@ def _serve(
     server.run(sockets=[listener])
     if not failures:
         return 0
+    if isinstance(failures[0], DeviceLost):
+        print(f"sdxl-runtime: {failures[0]}", file=sys.stderr)
+        return DEVICE_LOST
     if not isinstance(failures[0], StartupError):
         logger.critical("the model could not be loaded", exc_info=failures[0])
     print(f"sdxl-runtime: {failures[0]}", file=sys.stderr)

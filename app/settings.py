@@ -102,7 +102,30 @@ class Settings(BaseModel):
 
     # How work is grouped
     max_queue: int = Field(128, ge=1, description="Images accepted at the same time, waiting or running.")
-    max_batch_size: int = Field(16, ge=1, description="Images denoised together in one forward pass.")
+    max_queue_seconds: float = Field(
+        600.0, gt=0, description="Seconds of work accepted at the same time, estimated from what was measured here."
+    )
+    max_batch_size: int = Field(
+        32, ge=1, description="Rows of one forward pass; an image with guidance takes two, and one image always goes."
+    )
+    max_batch_pixels: int = Field(
+        16_777_216, ge=64, description="Pixels times rows of one forward pass; less is tried where memory is short."
+    )
+    replicas: int = Field(
+        1, ge=1, le=64, description="Copies of the model on as many GPUs, cuda:0 and on; they share one queue."
+    )
+    step_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds beyond what is usual after which a step counts as hung; ten times as many for what was "
+        "never done before.",
+    )
+    idempotency_seconds: float = Field(
+        120.0, ge=0, description="Seconds for which a finished request answers others with its Idempotency-Key."
+    )
+    heartbeat_seconds: float = Field(
+        15.0, gt=0, description="Seconds without an event after which a stream says that it is alive."
+    )
     encode_threads: int = Field(
         2, ge=1, le=64, description="Threads that turn pixels into PNG, JPEG or WebP, and as many that read them."
     )
@@ -158,6 +181,18 @@ class Settings(BaseModel):
                 f"({self.max_queue}), or such a request could never be accepted"
             )
         return self
+
+    @model_validator(mode="after")
+    def _replicas_choose_their_gpus(self) -> Settings:
+        if self.replicas > 1 and self.device.startswith("cuda:"):
+            raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
+        return self
+
+    def for_replica(self, index: int) -> Settings:
+        """These settings for one of several copies of the model."""
+        if self.replicas == 1 or self.device not in ("auto", "cuda"):
+            return self
+        return self.model_copy(update={"device": f"cuda:{index}"})
 
     @property
     def limits(self) -> Limits:

@@ -62,7 +62,8 @@ class Telemetry:
         self._stage = Histogram(
             "sdxl_stage_seconds", "Seconds per stage.", ["model_name", "stage"], buckets=SECONDS, registry=self.registry
         )
-        self.rows = histogram("sdxl_rows_per_forward_pass", "Images that shared one forward pass.", ROWS)
+        self._pass_images = histogram("sdxl_images_per_forward_pass", "Images that shared one forward pass.", ROWS)
+        self._pass_rows = histogram("sdxl_rows_per_forward_pass", "Rows of one forward pass.", ROWS)
         self.steps = counter("sdxl_steps_total", "Denoising steps taken, counted once for each image.")
         self.images = counter("sdxl_images_total", "Images finished.")
         self._rejected = counter("sdxl_rejected_total", "Requests not accepted.", "reason")
@@ -70,12 +71,59 @@ class Telemetry:
         self.cancelled = counter("sdxl_cancelled_total", "Accepted requests whose caller left or said stop.")
         self.pending = gauge("sdxl_pending_images", "Images accepted that no step was taken for yet.")
         self.running = gauge("sdxl_running_images", "Images being denoised, decoded or encoded.")
+        self.queue_seconds = gauge("sdxl_queue_seconds", "Seconds until all accepted work is likely to be done.")
+        self.admitted_seconds = counter(
+            "sdxl_admitted_seconds_total", "Device seconds that accepted requests were estimated to take."
+        )
+        self.turn_switches = counter(
+            "sdxl_turn_switches_total", "Forward passes that could not be shared with the one before."
+        )
+        self.pass_budget = gauge("sdxl_pass_budget_pixels", "Pixels times rows that one forward pass may have.")
+        self._out_of_memory = counter(
+            "sdxl_out_of_memory_total", "Passes that did not fit, and what was done.", "stage", "action"
+        )
+        self.decode_retries = counter("sdxl_decode_retries_total", "Pictures decoded once more in float32.")
+        self.hung_steps = counter("sdxl_hung_steps_total", "Times that a device took too long to be believed.")
+        self._idempotent = counter("sdxl_idempotent_total", "Requests whose Idempotency-Key came before.", "outcome")
+        self._previews = counter("sdxl_previews_total", "Previews that were wanted.", "outcome")
+        self._stream_events = counter("sdxl_stream_events_total", "Events sent to streams.", "event")
+        # Counters that are there from the start, at 0, are seen to rise by their first event too.
+        for stage in ("text_encode", "begin", "denoise_step", "decode"):
+            for action in ("split", "again", "tile", "refused"):
+                self._out_of_memory.labels(**self._model, stage=stage, action=action)
+        for outcome in ("joined", "replayed", "conflict"):
+            self._idempotent.labels(**self._model, outcome=outcome)
+        for outcome in ("shown", "none", "failed"):
+            self._previews.labels(**self._model, outcome=outcome)
+        for event in ("queued", "step", "preview", "done", "error"):
+            self._stream_events.labels(**self._model, event=event)
+        self.streams = gauge("sdxl_open_streams", "Streams of events that are open.")
         self.ready = gauge("sdxl_model_ready", "1 when the model is ready, else 0.")
         self.load_seconds = gauge("sdxl_model_load_seconds", "Seconds from process start to ready.")
 
     def stage(self, name: str, seconds: float) -> None:
-        """Count `seconds` for one of the stages text_encode, denoise_step, decode, encode."""
+        """Count `seconds` for one of the stages text_encode, begin, denoise_step, preview, decode, encode."""
         self._stage.labels(**self._model, stage=name).observe(seconds)
+
+    def passed(self, images: int, rows: int) -> None:
+        """Count one forward pass."""
+        self._pass_images.observe(images)
+        self._pass_rows.observe(rows)
+
+    def out_of_memory(self, stage: str, action: str) -> None:
+        """Count a pass that did not fit; the actions are split, again, tile and refused."""
+        self._out_of_memory.labels(**self._model, stage=stage, action=action).inc()
+
+    def idempotent(self, outcome: str) -> None:
+        """Count a repeated key; the outcomes are joined, replayed and conflict."""
+        self._idempotent.labels(**self._model, outcome=outcome).inc()
+
+    def preview(self, outcome: str) -> None:
+        """Count a preview; the outcomes are shown, none and failed."""
+        self._previews.labels(**self._model, outcome=outcome).inc()
+
+    def stream_event(self, event: str) -> None:
+        self._stream_events.labels(**self._model, event=event).inc()
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(**self._model, reason=reason).inc()

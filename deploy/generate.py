@@ -105,6 +105,23 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 stack=True,
             ),
             graph(
+                "Seconds of work",
+                "What is accepted will take so long; and device seconds asked for in each second, of which 1 keeps a "
+                "device busy.",
+                "s",
+                (f"max by (model_name) (sdxl_queue_seconds{{{SERVICE}}})", "queue"),
+                (rate("sdxl_admitted_seconds_total"), "asked for in each second"),
+            ),
+            graph(
+                "Streams and repeated requests, per second",
+                "Events of streams, previews, and requests that came again with their Idempotency-Key.",
+                "none",
+                (f"sum by (model_name) (sdxl_open_streams{{{SERVICE}}})", "open streams"),
+                (rate("sdxl_stream_events_total", "event"), "event: {{event}}"),
+                (rate("sdxl_previews_total", "outcome"), "preview: {{outcome}}"),
+                (rate("sdxl_idempotent_total", "outcome"), "repeated: {{outcome}}"),
+            ),
+            graph(
                 "Images per second, by replica",
                 "",
                 "none",
@@ -142,10 +159,32 @@ ROWS: list[tuple[str, list[Panel]]] = [
         [
             graph("Steps per second", "Counted once for each image.", "none", (rate("sdxl_steps_total"), "steps")),
             graph(
-                "Images per forward pass, on average",
-                "The larger, the better the device is used, and the slower each single image.",
+                "Forward passes, on average",
+                "The more images share one, the better the device is used, and the slower each single image. An image "
+                "with guidance has two rows.",
                 "none",
-                (mean("sdxl_rows_per_forward_pass", "model_name"), "images"),
+                (mean("sdxl_images_per_forward_pass", "model_name"), "images"),
+                (mean("sdxl_rows_per_forward_pass", "model_name"), "rows"),
+            ),
+            graph(
+                "What did not go well, per second",
+                "Passes that did not fit the memory and what was done, pictures decoded twice, and hung steps.",
+                "none",
+                (rate("sdxl_out_of_memory_total", "stage, action"), "out of memory in {{stage}}: {{action}}"),
+                (rate("sdxl_decode_retries_total"), "decoded twice"),
+                (rate("sdxl_hung_steps_total"), "hung"),
+            ),
+            graph(
+                "Pixels times rows that a pass may have",
+                "Less than max_batch_pixels where memory turned out to be short.",
+                "none",
+                (f"min by (model_name) (sdxl_pass_budget_pixels{{{SERVICE}}})", "budget"),
+            ),
+            graph(
+                "Turns per second",
+                "Forward passes that could not be shared with the one before, such as for another size.",
+                "none",
+                (rate("sdxl_turn_switches_total"), "switches"),
             ),
             graph(
                 "Device busy",

@@ -65,6 +65,10 @@ class Family(abc.ABC, Generic[J]):
     def encode(self, request: GenerateRequest) -> Any:
         """The text encoders' view of a resolved request; cached by prompt. Passed to `begin` as it is."""
 
+    def encode_all(self, requests: Sequence[GenerateRequest]) -> list[Any]:
+        """`encode` for each of `requests`; worth overriding where the text encoders read several prompts at once."""
+        return [self.encode(request) for request in requests]
+
     @abc.abstractmethod
     def begin(self, request: GenerateRequest, conditioning: Any) -> J:
         """One image's latents, scheduler, timesteps and random numbers, all from the request's seed."""
@@ -75,7 +79,14 @@ class Family(abc.ABC, Generic[J]):
 
     @abc.abstractmethod
     def step(self, jobs: Sequence[J]) -> None:
-        """One forward pass for all `jobs`, which share a signature; each advances by one step."""
+        """One forward pass for all `jobs`, which share a signature; each advances by one step.
+
+        May return while the device is still at it, but not before the pass before this one is done. Where it raises,
+        a job whose `step_index` has not moved must be as it was: it is tried again in smaller company.
+
+        Raises:
+            OutOfMemory: fewer jobs may fit.
+        """
 
     decode_retries: int = 0
     """Pictures that came out as no numbers in half precision and were decoded once more in float32; counts up."""

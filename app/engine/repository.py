@@ -10,8 +10,18 @@ from typing import Any
 
 from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
+from app.engine.idempotency import Once
+from app.engine.policy import DEFAULT_PRIORITY
+from app.engine.queue import RequestStatus
 from app.errors import ModelNotFound, ModelNotReady
-from app.generation import GenerateRequest, Limits, check_combinations, check_limits, describe
+from app.generation import (
+    GenerateRequest,
+    Limits,
+    PreviewWish,
+    check_combinations,
+    check_limits,
+    describe,
+)
 from app.images import decode_images
 
 
@@ -115,7 +125,15 @@ class Model:
         ]
 
     def submit(
-        self, requests: Sequence[GenerateRequest], timeout: float | None = None, listener: Listener | None = None
+        self,
+        requests: Sequence[GenerateRequest],
+        timeout: float | None = None,
+        listener: Listener | None = None,
+        *,
+        priority: int | None = None,
+        preview: PreviewWish | None = None,
+        once: Once | None = None,
+        request_id: str | None = None,
     ) -> Ticket:
         """Accept work.
 
@@ -123,13 +141,47 @@ class Model:
             requests: resolved.
             timeout: seconds that the caller is willing to wait; the server's own bound holds besides.
             listener: hears of every step on the device thread.
+            priority: 1 comes first, 9 last.
+            preview: which previews the listener wants.
+            once: makes it the same request as an earlier one, whose ticket is joined.
+            request_id: by which it can be asked about and cancelled.
 
         Raises:
-            Overloaded: no place in the queue.
-            ShuttingDown: no more work is taken.
+            Overloaded: no place in the queue, or a deadline would be missed.
+            DeadlineExceeded: the deadline cannot be met, by the estimate.
+            KeyReused: the idempotency key came with another request.
+            Unavailable: no more work is taken.
         """
         bound = self._request_timeout if timeout is None else min(timeout, self._request_timeout)
-        return self._batcher.submit(requests, bound, listener)
+        return self._batcher.submit(
+            requests,
+            bound,
+            listener,
+            priority=DEFAULT_PRIORITY if priority is None else priority,
+            preview=preview,
+            once=once,
+            request_id=request_id,
+        )
+
+    def leave(self, ticket: Ticket) -> None:
+        """One caller waits no longer; the request is cancelled with the last one, unless it is over."""
+        self._batcher.leave(ticket)
+
+    def status(self, request_id: str) -> RequestStatus:
+        """How a request is.
+
+        Raises:
+            RequestNotFound: none of that id runs here, and none did lately.
+        """
+        return self._batcher.status(request_id)
+
+    def cancel(self, request_id: str) -> RequestStatus:
+        """End a request, whoever waits for it.
+
+        Raises:
+            RequestNotFound: none of that id runs here, and none did lately.
+        """
+        return self._batcher.cancel(request_id)
 
 
 class Repository:

@@ -40,8 +40,8 @@ async def test_sixteen_requests_at_once_give_the_pictures_that_each_gives_alone(
         after = await counters(client)
     for (one,), other in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 2
-    passes = after["sdxl_rows_per_forward_pass_count"] - before["sdxl_rows_per_forward_pass_count"]
-    rows = after["sdxl_rows_per_forward_pass_sum"] - before["sdxl_rows_per_forward_pass_sum"]
+    passes = after["sdxl_images_per_forward_pass_count"] - before["sdxl_images_per_forward_pass_count"]
+    rows = after["sdxl_images_per_forward_pass_sum"] - before["sdxl_images_per_forward_pass_sum"]
     assert rows == sum(each["parameters"]["num_inference_steps"] for each in bodies)
     assert passes < rows / 2
     assert after["sdxl_pending_images"] == after["sdxl_running_images"] == 0

@@ -102,7 +102,7 @@ def test_sixteen_different_requests_at_once_give_the_pictures_that_each_gives_al
     def sample(name: str) -> float:
         return telemetry.registry.get_sample_value(name, {"model_name": "together"}) or 0.0
 
-    passes, rows = sample("sdxl_rows_per_forward_pass_count"), sample("sdxl_rows_per_forward_pass_sum")
+    passes, rows = sample("sdxl_images_per_forward_pass_count"), sample("sdxl_images_per_forward_pass_sum")
     assert rows == sample("sdxl_steps_total")
     assert passes <= rows / 3, "forward passes were hardly shared"
 

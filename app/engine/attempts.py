@@ -1,0 +1,174 @@
+"""Doing things on a device that may fail: in halves where memory is short, alone where one image is at fault.
+
+Every attempt is measured, and watched by whoever asks for the `Operation`. Knows no family and no queue.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from app.engine.costs import Costs
+from app.engine.faults import as_fault
+from app.engine.memory import Budget
+from app.engine.ticket import Image
+from app.errors import DeviceLost, OutOfMemory, RuntimeFault
+from app.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+DECODE_LOAD = 1_048_576
+"""Pixels of one decode: a VAE fills the device with one large picture, but shares well among small ones."""
+UNKNOWN = 10.0
+"""How many times longer something may take that was never measured: first times compile and tune."""
+
+Action = Callable[[Sequence[Image]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a device is at: since when, and for how many seconds it may be before it counts as hung."""
+
+    stage: str
+    since: float
+    bound: float
+
+
+class Attempts:
+    """The ladder from a pass that failed to the images that it failed for.
+
+    Args:
+        costs: what is measured here.
+        telemetry: where counts and seconds go.
+        rows: that an image with a job brings to a pass.
+        most_load: pixels times rows of one forward pass.
+        step_timeout: seconds beyond what is usual after which the device counts as hung.
+        clock: seconds that only grow.
+
+    Attributes:
+        step_budget: pixels times rows of one forward pass, as learned.
+        decode_budget: pixels of one decode, as learned.
+        operation: what goes on right now; any thread may look.
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        telemetry: Telemetry,
+        rows: Callable[[Image], int],
+        most_load: float,
+        step_timeout: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._costs = costs
+        self._telemetry = telemetry
+        self._rows = rows
+        self._step_timeout = step_timeout
+        self._clock = clock
+        self.step_budget = Budget(most_load)
+        self.decode_budget = Budget(min(DECODE_LOAD, most_load))
+        self.operation: Operation | None = None
+
+    def go(
+        self,
+        stage: str,
+        images: Sequence[Image],
+        action: Action,
+        done: Callable[[Image], bool],
+        last: Action | None = None,
+    ) -> None:
+        """Do `action` for `images`; where it fails, for halves of them, down to single ones.
+
+        So a full device costs time and nobody's picture, and an image that nothing can be done for fails alone.
+
+        Args:
+            stage: as the metrics call it.
+            images: of one signature.
+            action: may be done for any part of them.
+            done: whether it has been done for an image.
+            last: what to try for one image that there is no memory for; `action` once more unless given.
+
+        Raises:
+            DeviceLost: nothing will work any more.
+        """
+        images = [image for image in images if not image.ticket.over and not done(image)]
+        if not images:
+            return
+        fault = self.once(stage, images, action)
+        if fault is None:
+            return
+        full = isinstance(fault, OutOfMemory)
+        if len(images) > 1:
+            if full:
+                logger.warning("out of memory in %s with %d images; going on with halves", stage, len(images))
+                self._telemetry.out_of_memory(stage, "split")
+                self._too_much(stage, images)
+            middle = (len(images) + 1) // 2
+            for part in (images[:middle], images[middle:]):
+                self.go(stage, part, action, done, last)
+            return
+        image = images[0]
+        if full and not done(image):
+            logger.warning("out of memory in %s with one image; trying %s", stage, "tiles" if last else "again")
+            self._telemetry.out_of_memory(stage, "tile" if last else "again")
+            fault = self.once(stage, images, last or action)
+        if isinstance(fault, OutOfMemory):
+            self._telemetry.out_of_memory(stage, "refused")
+            self._too_much(stage, images)
+            fault = OutOfMemory(self.step_budget.advice(image))
+        if fault is not None:
+            image.ticket.end(image.ticket, fault)
+
+    def once(self, stage: str, images: Sequence[Image], action: Action) -> RuntimeFault | None:
+        """Do it, watched and measured.
+
+        Returns:
+            What went wrong, without its traceback, which would hold tensors.
+
+        Raises:
+            DeviceLost: nothing will work any more.
+        """
+        started = self._clock()
+        self.operation = Operation(stage, started, self._bound(stage, images))
+        try:
+            action(images)
+        except Exception as error:
+            if len(images) == 1 and not isinstance(error, RuntimeFault):
+                logger.error("a generation failed in %s", stage, exc_info=error)
+            fault = as_fault(error)
+        else:
+            self._measured(stage, images, self._clock() - started)
+            return None
+        finally:
+            self.operation = None
+        if isinstance(fault, DeviceLost):
+            raise fault
+        return fault
+
+    def _bound(self, stage: str, images: Sequence[Image]) -> float:
+        if self._costs.knows(stage, images[0].size):
+            return self._step_timeout + UNKNOWN * self._costs.of(stage, images)
+        return self._step_timeout * UNKNOWN
+
+    def _measured(self, stage: str, images: Sequence[Image], seconds: float) -> None:
+        self._telemetry.stage(stage, seconds)
+        if stage == "denoise_step":
+            self._costs.stepped(images, seconds)
+            self._telemetry.passed(len(images), sum(map(self._rows, images)))
+            self.step_budget.fitted(self._load(stage, images))
+        elif stage == "decode":
+            self._costs.decoded(images, seconds)
+            self.decode_budget.fitted(self._load(stage, images))
+        elif stage == "text_encode":
+            self._costs.encoded(images, seconds)
+
+    def _too_much(self, stage: str, images: Sequence[Image]) -> None:
+        if stage == "denoise_step":
+            self.step_budget.too_small(self._load(stage, images))
+            self._costs.most_load = self.step_budget.now
+        elif stage == "decode":
+            self.decode_budget.too_small(self._load(stage, images))
+
+    def _load(self, stage: str, images: Sequence[Image]) -> int:
+        return sum((self._rows(image) if stage == "denoise_step" else 1) * image.size for image in images)

@@ -1,0 +1,164 @@
+"""What a step, a decode and a prompt cost in seconds, as measured on this host, and what a queue of them will cost.
+
+Knows no clock and no thread. The model behind it is one line for each picture size: a forward pass takes a fixed time
+and a time for each row, both fitted to the passes of late.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from app.engine.ticket import Image
+from app.generation import GenerateRequest
+
+MAX_SIZES = 64
+"""Picture sizes whose costs are kept apart; what was measured least lately is forgotten."""
+GUESS = 1e-7
+"""Seconds for one pixel of one row, until anything was measured."""
+
+
+def rows_of(request: GenerateRequest) -> int:
+    """Rows that a request is likely to bring to a pass; the family knows once it has begun."""
+    return 2 if (request.guidance_scale or 0) > 1 else 1
+
+
+@dataclass(slots=True)
+class Line:
+    """``seconds = fixed + slope * load``, least squares with exponential forgetting."""
+
+    forget: float = 0.05
+    samples: int = 0
+    load: float = 0.0
+    seconds: float = 0.0
+    load_load: float = 0.0
+    load_seconds: float = 0.0
+
+    def observe(self, load: float, seconds: float) -> None:
+        self.samples += 1
+        weight = max(self.forget, 1 / self.samples)
+        self.load += weight * (load - self.load)
+        self.seconds += weight * (seconds - self.seconds)
+        self.load_load += weight * (load * load - self.load_load)
+        self.load_seconds += weight * (load * seconds - self.load_seconds)
+
+    @property
+    def slope(self) -> float:
+        variance = self.load_load - self.load * self.load
+        proportional = self.seconds / self.load if self.load else 0.0
+        if variance <= 1e-3 * self.load * self.load:
+            return proportional  # nothing but passes of one load: sharing may come cheaper, but nobody has seen it
+        slope = (self.load_seconds - self.load * self.seconds) / variance
+        return min(max(slope, 0.0), proportional)
+
+    @property
+    def fixed(self) -> float:
+        return max(0.0, self.seconds - self.slope * self.load)
+
+    def __call__(self, load: float) -> float:
+        return self.fixed + self.slope * load
+
+
+@dataclass(slots=True)
+class Costs:
+    """Seconds of the stages, by picture size.
+
+    Args:
+        most_rows: rows of one forward pass.
+        most_load: pixels times rows of one forward pass.
+    """
+
+    most_rows: int
+    most_load: float
+    _steps: collections.OrderedDict[int, Line] = field(default_factory=collections.OrderedDict)
+    _any_step: Line = field(default_factory=Line)
+    _decode: Line = field(default_factory=Line)
+    _encode: Line = field(default_factory=Line)
+
+    # --- Measuring ---------------------------------------------------------------------------------------------
+
+    def stepped(self, images: Iterable[Image], seconds: float) -> None:
+        """One forward pass of `images`, which have one size, took so long."""
+        load = 0.0
+        size = 0
+        for image in images:
+            size = image.size
+            load += rows_of(image.request) * size
+        line = self._steps.pop(size, None) or Line()
+        line.observe(load, seconds)
+        self._steps[size] = line
+        if len(self._steps) > MAX_SIZES:
+            self._steps.popitem(last=False)
+        self._any_step.observe(load, seconds)
+
+    def decoded(self, images: Iterable[Image], seconds: float) -> None:
+        self._decode.observe(sum(image.size for image in images), seconds)
+
+    def encoded(self, images: Iterable[Image], seconds: float) -> None:
+        self._encode.observe(sum(1 for _ in images), seconds)
+
+    @property
+    def measured(self) -> bool:
+        return self._any_step.samples > 0
+
+    def knows(self, stage: str, size: int) -> bool:
+        """Whether anything of that stage, and for steps of that size, was measured."""
+        if stage == "denoise_step":
+            return size in self._steps
+        other = {"decode": self._decode, "text_encode": self._encode}
+        return stage in other and other[stage].samples > 0
+
+    # --- Foretelling -------------------------------------------------------------------------------------------
+
+    def of(self, stage: str, images: Iterable[Image]) -> float:
+        """Seconds of one go of `stage` with `images`, which have one size."""
+        images = list(images)
+        if stage == "decode":
+            return self._decode(sum(image.size for image in images))
+        if stage != "denoise_step":
+            return self._encode(len(images))
+        return self._line(images[0].size)(sum(rows_of(image.request) * image.size for image in images))
+
+    def _line(self, size: int) -> Line:
+        if size in self._steps:
+            return self._steps[size]
+        return self._any_step if self.measured else Line(samples=1, load=1.0, seconds=GUESS)
+
+    def after_steps(self, images: Iterable[Image]) -> float:
+        """Seconds from the last step of `images` to their pixels."""
+        return sum(self._decode(image.size) if self._decode.samples else 0.0 for image in images if not image.pixels)
+
+    def alone(self, images: Iterable[Image]) -> float:
+        """Seconds for `images` with the device for themselves."""
+        drain = Drain(self)
+        for image in images:
+            drain.add(image)
+        return drain.seconds
+
+
+class Drain:
+    """Seconds until all images added so far are done, when they share passes as far as they can."""
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._groups: dict[int, list[float]] = {}
+        self._rest = 0.0
+
+    def add(self, image: Image) -> None:
+        """Count `image` in, with what it still needs."""
+        longest_total = self._groups.setdefault(image.size, [0, 0.0])
+        longest_total[0] = max(longest_total[0], image.remaining)
+        longest_total[1] += image.remaining * rows_of(image.request) * image.size
+        self._rest += self._costs.after_steps([image])
+
+    @property
+    def seconds(self) -> float:
+        total = self._rest
+        for size, (longest, load) in self._groups.items():
+            line = self._costs._line(size)
+            most = max(min(self._costs.most_rows * size, self._costs.most_load), size)
+            passes = max(longest, math.ceil(load / most))
+            total += line.fixed * passes + line.slope * load
+        return total

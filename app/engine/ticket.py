@@ -1,0 +1,165 @@
+"""One accepted request on its way: its images, its callers and how far it is. Knows no queue, no device, no clock."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import enum
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from app.engine.family import Job
+from app.errors import Cancelled, RuntimeFault
+from app.generation import (
+    MAX_SEED,
+    GeneratedImage,
+    GenerateRequest,
+    Generation,
+    Pixels,
+    Preview,
+    PreviewWish,
+    Progress,
+    Timings,
+)
+
+Listener = Callable[[Progress | Preview], None]
+"""Hears of a ticket's progress, on whatever thread made it; must not block."""
+
+_numbers = itertools.count()
+
+
+class Stage(enum.Enum):
+    """Where an image is; only the queue moves it."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    OVER = "over"
+
+
+@dataclass(slots=True, eq=False)
+class Image:
+    """One image of a ticket, from the queue to its last byte.
+
+    Attributes:
+        index: its number within the ticket.
+        conditioning: what the text encoders said, until its job has begun.
+        job: its state on the device, until it is decoded.
+        began: when it left the queue.
+        total: denoising steps from start to end, once its job has begun.
+    """
+
+    ticket: Ticket
+    request: GenerateRequest
+    index: int
+    stage: Stage = Stage.WAITING
+    conditioning: Any = None
+    job: Job | None = None
+    began: float = 0.0
+    steps_done: int = 0
+    total: int = 0
+    pixels: Pixels | None = None
+    encoded: bytes | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.total or self.request.num_inference_steps or 1
+
+    @property
+    def remaining(self) -> int:
+        """Denoising steps that it still needs."""
+        return 0 if self.pixels else self.steps - self.steps_done
+
+    @property
+    def size(self) -> int:
+        """Pixels of its picture."""
+        return (self.request.height or 0) * (self.request.width or 0)
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One accepted request. Its `future` resolves exactly once: with a `Generation` or a `RuntimeFault`.
+
+    Attributes:
+        request_ids: of the HTTP requests that wait for it.
+        accepted: when, on the batcher's clock, as all its times.
+        deadline: when it is given up.
+        end: how it ends; only the first call does anything.
+        preview: which previews its listeners want.
+        due: by when it should be done; who is due first goes first.
+        waiters: callers that wait for it.
+        over: it has ended; its images get no further step.
+        place: in the queue, as last told to the listeners.
+        pace: seconds for one more of its steps, lately.
+    """
+
+    requests: Sequence[GenerateRequest]
+    accepted: float
+    deadline: float
+    end: Callable[[Ticket, RuntimeFault | None], None]
+    preview: PreviewWish | None = None
+    due: float = 0.0
+    number: int = field(default_factory=_numbers.__next__)
+    request_ids: list[str] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
+    waiters: int = 1
+    over: bool = False
+    place: int = 0
+    pace: float = 0.0
+    last_step: float = 0.0
+    warnings: dict[str, None] = field(default_factory=dict)
+    seconds: collections.defaultdict[str, float] = field(default_factory=lambda: collections.defaultdict(float))
+    future: concurrent.futures.Future[Generation] = field(default_factory=concurrent.futures.Future)
+    images: list[Image] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # From here on nobody can cancel the future behind our back; `cancel` is the way.
+        self.future.set_running_or_notify_cancel()
+        pictures = [
+            replace(request, seed=((request.seed or 0) + i) % (MAX_SEED + 1), num_images_per_prompt=1)
+            for request in self.requests
+            for i in range(request.num_images_per_prompt)
+        ]
+        self.images = [Image(self, request, index) for index, request in enumerate(pictures)]
+
+    def cancel(self) -> None:
+        """Take no further step for this request, whoever waits for it. Does nothing when it is over already."""
+        self.end(self, Cancelled("The request was cancelled."))
+
+    @property
+    def waiting(self) -> bool:
+        """None of its images has begun."""
+        return all(image.stage is Stage.WAITING for image in self.images)
+
+    @property
+    def steps_done(self) -> int:
+        return sum(image.steps_done for image in self.images)
+
+    @property
+    def steps_total(self) -> int:
+        return sum(image.steps for image in self.images)
+
+    def stepped(self, steps: int, now: float) -> None:
+        """Note that its images took so many steps together in one forward pass."""
+        if self.last_step:
+            seconds = (now - self.last_step) / steps
+            self.pace += (seconds - self.pace) * (0.3 if self.pace else 1.0)
+        self.last_step = now
+
+    def tell(self, news: Progress | Preview) -> None:
+        for listener in tuple(self.listeners):
+            listener(news)
+
+    def progress(self, seconds: float | None) -> Progress:
+        return Progress(self.steps_done, self.steps_total, self.place, seconds)
+
+    def generation(self) -> Generation:
+        originals = [request for request in self.requests for _ in range(request.num_images_per_prompt)]
+        timings = Timings(*(self.seconds[stage] for stage in ("queue", "denoise", "decode", "encode")))
+        images = [
+            GeneratedImage(original, image.request.seed or 0, image.pixels, image.encoded)
+            for original, image in zip(originals, self.images, strict=True)
+            if image.pixels is not None and image.encoded is not None
+        ]
+        return Generation(tuple(images), timings, tuple(self.warnings))

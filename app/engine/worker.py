@@ -1,0 +1,296 @@
+"""The loop that owns one device: between any two of its turns, images join and leave.
+
+One thread calls it and everything of its family. Knows no HTTP, and of the queue only how to take from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from app.engine import admission, policy
+from app.engine.attempts import Attempts, Operation
+from app.engine.costs import Costs, rows_of
+from app.engine.family import Family
+from app.engine.queue import Queue
+from app.engine.ticket import Image, Ticket
+from app.generation import GenerateRequest, Pixels, PreviewKind
+from app.telemetry import Telemetry
+
+JOIN_AT_ONCE = 8
+"""Images that join between two steps while others are being denoised, who should not wait for long."""
+SLOW_FIRST_STEP = 5.0
+"""Seconds of a first step after which nobody wants to wait for a second one that only measures."""
+
+
+class Finisher(Protocol):
+    """What happens to pixels, on other threads."""
+
+    def finish(self, image: Image) -> None:
+        """Encode a whole picture and end its ticket with the last one."""
+
+    def show(self, image: Image, pixels: Pixels) -> None:
+        """Encode a preview and tell the listeners."""
+
+
+class Worker:
+    """One device and its family.
+
+    Args:
+        load: makes the family; called once, on the thread that calls all the rest.
+        queue: where images come from.
+        costs: what is measured here.
+        telemetry: where counts and seconds go.
+        finisher: where pixels go.
+        most_rows: of one forward pass.
+        most_load: pixels times rows of one forward pass.
+        step_timeout: seconds beyond what is usual after which the device counts as hung.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Family[Any]],
+        queue: Queue,
+        costs: Costs,
+        telemetry: Telemetry,
+        finisher: Finisher,
+        *,
+        most_rows: int,
+        most_load: float,
+        step_timeout: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._load = load
+        self._queue = queue
+        self._costs = costs
+        self._telemetry = telemetry
+        self._finisher = finisher
+        self._most_rows = most_rows
+        self._clock = clock
+        self.family: Family[Any]
+        self.peers: Sequence[Worker] = ()
+        """Other workers on the same queue."""
+        self.running: list[Image] = []
+        """Images that have left the queue and have no pixels yet; only this worker's thread changes it."""
+        self._attempts = Attempts(costs, telemetry, self._rows, most_load, step_timeout, clock)
+        self._turn: Hashable = None
+        self._decode_retries = 0
+
+    # --- Loading -----------------------------------------------------------------------------------------------
+
+    def load(self, warm_up: bool) -> None:
+        """Load the family, and with `warm_up` paint once, so that nobody's first request pays for first times."""
+        self.family = self._load()
+        if not warm_up:
+            return
+        request = self.family.resolve(GenerateRequest(prompt="", seed=0, num_inference_steps=1))
+        image = Image(Ticket([request], 0.0, 0.0, lambda *_: None), request, 0)
+        for _ in range(2):
+            job = self.family.begin(request, self.family.encode(request))
+            started = self._clock()
+            while not job.done:
+                self.family.step([job])
+            seconds = (self._clock() - started) / job.num_steps
+            if seconds > SLOW_FIRST_STEP:
+                break
+        self._costs.stepped([image], seconds)
+        started = self._clock()
+        self.family.decode([job])
+        self._costs.decoded([image], self._clock() - started)
+
+    # --- The loop ----------------------------------------------------------------------------------------------
+
+    def wait_for_work(self) -> bool:
+        """Sleep while there is nothing to do; ``False`` when it is time to end."""
+        queue = self._queue
+        with queue.condition:
+            while not queue.broken:
+                if self.running or (queue.waiting and not self._peer_has_less()):
+                    return True
+                if queue.closing and not queue.tickets:
+                    return False
+                queue.condition.wait()
+        return False
+
+    def turn(self) -> None:
+        """One forward pass, and what comes before and after it.
+
+        Raises:
+            DeviceLost: nothing will work any more.
+        """
+        self._forget_over()
+        self._let_join()
+        self._queue.tell_places()
+        self._step()
+        self._decode()
+        self._count()
+
+    def _forget_over(self) -> None:
+        """Let go of what was cancelled, failed or late, before another step is taken for it."""
+        self._queue.end_late()
+        for image in self.running:
+            if image.ticket.over:
+                image.job = image.conditioning = None
+        self.running[:] = [image for image in self.running if not image.ticket.over]
+
+    # --- Joining -----------------------------------------------------------------------------------------------
+
+    def _let_join(self) -> None:
+        if not self.family.interleaves and self.running:
+            return
+        most = JOIN_AT_ONCE if self.running else self._most_rows
+        joining: list[Image] = []
+        while len(joining) < most:
+            image = self._queue.take(self._may_begin)
+            if image is None:
+                break
+            self.running.append(image)
+            joining.append(image)
+        self._attempts.go("text_encode", joining, self._encode, lambda image: image.conditioning is not None)
+        for image in joining:
+            self._attempts.go("begin", [image], self._begin, lambda image: image.job is not None)
+        self._forget_over()
+
+    def _may_begin(self, image: Image) -> bool:
+        """Whether there is room: for two passes' worth, so that every turn finds company, or for the more urgent."""
+        if self._peer_has_less():
+            return False
+        denoising = [other for other in self.running if other.remaining]
+        passes = 2 if self.family.interleaves else 1
+        if sum(rows_of(other.request) for other in denoising) < passes * self._most_rows:
+            return True
+        return self.family.interleaves and policy.urgency(image) < max(map(policy.urgency, denoising))
+
+    def _peer_has_less(self) -> bool:
+        return any(peer.load_left < self.load_left for peer in self.peers)
+
+    @property
+    def load_left(self) -> float:
+        """Pixels times rows times steps that it still has to do."""
+        return sum(image.remaining * rows_of(image.request) * image.size for image in list(self.running))
+
+    def _encode(self, images: Sequence[Image]) -> None:
+        conditionings = self.family.encode_all([image.request for image in images])
+        for image, conditioning in zip(images, conditionings, strict=True):
+            image.conditioning = conditioning
+
+    def _begin(self, images: Sequence[Image]) -> None:
+        for image in images:
+            image.job = self.family.begin(image.request, image.conditioning)
+            image.conditioning = None
+            image.total = image.job.num_steps
+            image.ticket.warnings.update(dict.fromkeys(self.family.warnings(image.request)))
+
+    # --- Denoising ---------------------------------------------------------------------------------------------
+
+    def _denoising(self) -> list[Image]:
+        return [image for image in self.running if image.job and not image.job.done]
+
+    def _signature(self, image: Image) -> Hashable:
+        return self.family.signature(image.job)
+
+    def _rows(self, image: Image) -> int:
+        return self.family.rows(image.job)
+
+    def _step(self) -> None:
+        stay = None if self.family.interleaves else self._turn
+        most_load = self._attempts.step_budget.now
+        images = policy.choose(self._denoising(), self._signature, self._rows, self._most_rows, most_load, stay)
+        if not images:
+            return
+        turn = self._signature(images[0])
+        if self._turn is not None and turn != self._turn:
+            self._telemetry.turn_switches.inc()
+        self._turn = turn
+        before = {image: image.steps_done for image in images}
+        self._attempts.go(
+            "denoise_step",
+            images,
+            lambda part: self.family.step([image.job for image in part]),
+            lambda image: image.job is not None and image.job.step_index > before[image],
+        )
+        self._tell(images, before)
+
+    def _tell(self, images: Sequence[Image], before: dict[Image, int]) -> None:
+        """Tell of the steps that were taken."""
+        now = self._clock()
+        steps: dict[Ticket, int] = {}
+        for image in images:
+            if image.job is not None:
+                image.steps_done = image.job.step_index
+            if image.steps_done > before[image]:
+                steps[image.ticket] = steps.get(image.ticket, 0) + image.steps_done - before[image]
+        self._telemetry.steps.inc(sum(steps.values()))
+        for ticket, count in steps.items():
+            ticket.stepped(count, now)
+            if ticket.listeners:
+                ticket.tell(ticket.progress(admission.remaining(ticket, self._costs)))
+        for image in images:
+            wish = image.ticket.preview
+            if wish and image.ticket.listeners and image.remaining and image.steps_done % wish.every == 0:
+                self._preview(image, wish.kind)
+
+    def _preview(self, image: Image, kind: PreviewKind) -> None:
+        """Show what an image looks like so far. It fails alone: its request goes on without it."""
+        shown: list[np.ndarray | None] = []
+
+        def look(_: Sequence[Image]) -> None:
+            vae = kind is PreviewKind.VAE
+            shown.append(self.family.decode([image.job])[0] if vae else self.family.preview(image.job))
+
+        fault = self._attempts.once("preview", [image], look)
+        picture = shown[0] if shown else None
+        self._telemetry.preview("failed" if fault else "none" if picture is None else "shown")
+        if picture is not None:
+            self._finisher.show(image, Pixels(picture.tobytes(), picture.shape[0], picture.shape[1]))
+
+    # --- Decoding ----------------------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        """Decode what has all its steps: one group after each pass, and more while it is the most urgent."""
+        while True:
+            ready = [image for image in self.running if image.job and image.job.done and not image.ticket.over]
+            denoising = self._denoising()
+            if not ready or (denoising and not self.family.interleaves):
+                return
+            most_load = self._attempts.decode_budget.now
+            images = policy.choose(ready, self._signature, lambda _: 1, self._most_rows, most_load)
+            now = self._clock()
+            for image in images:
+                seconds = image.ticket.seconds
+                seconds["denoise"] = max(seconds["denoise"], now - image.began)
+            self._attempts.go(
+                "decode", images, self._decode_pictures, lambda image: image.pixels is not None, self._decode_in_tiles
+            )
+            for ticket in {image.ticket for image in images}:
+                ticket.seconds["decode"] += self._clock() - now
+            for image in images:
+                self.running.remove(image)
+                image.job = None
+                if image.pixels is not None and not image.ticket.over:
+                    self._finisher.finish(image)
+            rest = [image for image in ready if image not in images]
+            if denoising and rest and min(map(policy.urgency, denoising)) < min(map(policy.urgency, rest)):
+                return
+
+    def _decode_in_tiles(self, images: Sequence[Image]) -> None:
+        self._decode_pictures(images, tiled=True)
+
+    def _decode_pictures(self, images: Sequence[Image], tiled: bool = False) -> None:
+        pictures = self.family.decode([image.job for image in images], tiled=tiled)
+        for image, picture in zip(images, pictures, strict=True):
+            image.pixels = Pixels(picture.tobytes(), picture.shape[0], picture.shape[1])
+
+    def _count(self) -> None:
+        self._telemetry.pass_budget.set(self._attempts.step_budget.now)
+        retries = self.family.decode_retries
+        self._telemetry.decode_retries.inc(retries - self._decode_retries)
+        self._decode_retries = retries
+
+    def hung(self, now: float) -> Operation | None:
+        """What the device has been at for too long, if so. Any thread may ask."""
+        operation = self._attempts.operation
+        return operation if operation is not None and now - operation.since > operation.bound else None
