@@ -20,6 +20,9 @@ from app.errors import InvalidRequest
 
 MAX_SEED = 2**63 - 1
 """Seeds are answered as INT64."""
+DEFAULT_PRIORITY = 5
+MAX_PRIORITY = 9
+"""1 is the most urgent."""
 
 
 class Kind(enum.Enum):

@@ -52,6 +52,10 @@ _ERRORS = {
         "The body is packed in an unknown way.",
         "The content encoding 'br' is not spoken here; use gzip or deflate.",
     ),
+    422: (
+        "The Idempotency-Key came with another request before.",
+        "This Idempotency-Key came with another request before; take a new key for a new request.",
+    ),
     429: ("The queue is full.", "The queue is full (128 of 128 images); try again in 12 seconds."),
     499: ("The caller left; only the log shows this.", "The client closed the connection."),
     500: ("The server failed.", "The generation failed inside the model (RuntimeError); the server's log says more."),
@@ -165,7 +169,7 @@ def infer(settings: Settings) -> dict[str, Any]:
     description = "The pictures. In a binary answer the tensors' bytes follow the JSON, in the order of the outputs."
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": oip.InferenceResponse, "description": description, "content": media_types},
-        **_errors(400, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507),
+        **_errors(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507),
     }
     examples = infer_schema.examples(settings.limits)
     return _generation(infer_schema.DESCRIPTION, responses, _INFER_SCHEMA, examples)
@@ -176,7 +180,7 @@ def predict(settings: Settings) -> dict[str, Any]:
     example = {"application/json": {"example": predict_schema.answer(settings.model_name)}}
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": PredictResponse, "description": "The pictures.", "content": example},
-        **_errors(400, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507),
+        **_errors(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507),
     }
     return _generation(predict_schema.DESCRIPTION, responses, _PREDICT_SCHEMA, predict_schema.examples(settings.limits))
 
@@ -288,7 +292,8 @@ def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:
         operation["parameters"] = parameters
 
     responses = operation["responses"]
-    responses.pop("422", None)
+    if "HTTPValidationError" in json.dumps(responses.get("422", {})):
+        del responses["422"]
     if settings.api_key and path in edge.OPEN_PATHS:
         operation["security"] = []
     elif settings.api_key:

@@ -6,6 +6,7 @@ Every transport uses this; it knows no protocol's messages and no model.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import logging
@@ -27,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app import errors
 from app.engine.batcher import Ticket
+from app.engine.idempotency import Once
 from app.engine.repository import Model, State
 from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
 from app.generation import Generation, describe, shorten
@@ -65,6 +67,9 @@ OPEN_PATHS = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 
 NOT_LIVE = "The device thread is gone; restart the server."
 
+JSON_LENGTH = "Inference-Header-Content-Length"
+IDEMPOTENCY_KEY = "Idempotency-Key"
+_KEY = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -256,6 +261,23 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
     return unpacked
 
 
+def once(request: Request, body: bytes) -> Once | None:
+    """What makes this request the same as another one, where its caller wants that.
+
+    Raises:
+        InvalidRequest: the key is not one.
+    """
+    key = request.headers.get(IDEMPOTENCY_KEY)
+    if key is None:
+        return None
+    if not _KEY.fullmatch(key):
+        raise InvalidRequest(f"{IDEMPOTENCY_KEY} must be 1 to 255 printable ASCII characters.")
+    # The same body means something else at another path, or with another length of its JSON.
+    path = request.scope["path"].rstrip("/")
+    header = request.headers.get(JSON_LENGTH, "")
+    return Once(key, hashlib.sha256(f"{path}\0{header}\0".encode() + body).digest())
+
+
 class Connection(H11Protocol):
     """uvicorn's connection, closed when a request's headers do not arrive in time.
 
@@ -299,7 +321,7 @@ class Connection(H11Protocol):
 
 
 async def wait_for(ticket: Ticket, request: Request) -> Generation:
-    """The ticket's pictures; when the client hangs up first, the ticket is cancelled.
+    """The ticket's pictures; when the client hangs up first, and nobody else waits for it, the ticket is cancelled.
 
     Raises:
         GenerationFailed: as the ticket ends.
@@ -316,7 +338,7 @@ async def wait_for(ticket: Ticket, request: Request) -> Generation:
         return done.result()
     finally:
         gone.cancel()
-        ticket.cancel()
+        ticket.leave()
 
 
 async def _hung_up(request: Request) -> None:

@@ -11,8 +11,6 @@ from app.generation import PARAMETERS, Generation
 from app.protocol import oip
 from app.protocol.infer_request import parse_infer
 
-JSON_LENGTH = "Inference-Header-Content-Length"
-
 
 def router(serving: Serving, version: str) -> APIRouter:
     """Every route of the protocol.
@@ -112,7 +110,7 @@ def router(serving: Serving, version: str) -> APIRouter:
     )
     async def infer(request: Request) -> Response:
         def parse(body: bytes) -> oip.InferCall:
-            return parse_infer(body, request.headers.get(JSON_LENGTH))
+            return parse_infer(body, request.headers.get(edge.JSON_LENGTH))
 
         def write(call: oip.InferCall, generation: Generation) -> tuple[bytes, int | None]:
             names = request.path_params
@@ -121,7 +119,7 @@ def router(serving: Serving, version: str) -> APIRouter:
         answer, json_length = await serving.answer("infer", request, parse, write, oip.check_pixels)
         if json_length is None:
             return Response(answer, media_type="application/json")
-        headers = {JSON_LENGTH: str(json_length)}
+        headers = {edge.JSON_LENGTH: str(json_length)}
         return Response(answer, headers=headers, media_type="application/octet-stream")
 
     return routes

@@ -17,11 +17,12 @@ from fastapi import Request
 
 from app.api import edge
 from app.engine.batcher import Listener, Ticket
+from app.engine.idempotency import Once
 from app.engine.repository import Model, Repository
 from app.errors import RuntimeFault
-from app.generation import GenerateRequest, Generation
+from app.generation import GenerateRequest, Generation, PreviewWish
 from app.settings import Settings
-from app.telemetry import Telemetry
+from app.telemetry import Telemetry, request_id
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class Call(Protocol):
     @property
     def timeout(self) -> float | None:
         """Seconds that the caller is willing to wait, if it says so."""
+
+    @property
+    def priority(self) -> int | None:
+        """1 comes first, 9 last."""
 
 
 C = TypeVar("C", bound=Call)
@@ -84,7 +89,7 @@ class Serving:
             exchange.find(request.path_params["model_name"], request.path_params.get("model_version"))
             body = await edge.read_body(request, self.settings)
             call = await exchange.parse(parse, body)
-            ticket = await exchange.submit(call, check)
+            ticket = await exchange.submit(call, check, once=edge.once(request, body))
             generation = await exchange.wait(edge.wait_for(ticket, request))
             return await exchange.write(write, call, generation)
 
@@ -136,12 +141,15 @@ class Exchange:
         call: C,
         check: Callable[[C, Sequence[GenerateRequest]], None] | None = None,
         listener: Listener | None = None,
+        preview: PreviewWish | None = None,
+        once: Once | None = None,
     ) -> Ticket:
-        """Fill in defaults and take places in the queue.
+        """Fill in defaults and take places in the queue, or join the same request where it came before.
 
         Raises:
             InvalidRequest: the model cannot serve it as it is.
             Unavailable: there is no place, or the server is shutting down.
+            KeyReused: the idempotency key came with another request.
         """
         model = self._model
         assert model is not None, "find comes first"
@@ -152,7 +160,15 @@ class Exchange:
             requests = model.resolve(call.requests)
         if check is not None:
             check(call, requests)
-        ticket = model.submit(requests, call.timeout, listener)
+        ticket = model.submit(
+            requests,
+            call.timeout,
+            listener,
+            priority=call.priority,
+            preview=preview,
+            once=once,
+            request_id=request_id.get(),
+        )
         self._accepted = True
         self._submitted = time.monotonic()
         self._serving.telemetry.preprocess.observe(self._submitted - self._started)

@@ -118,7 +118,7 @@ class Attempts:
             self._too_much(stage, images)
             fault = OutOfMemory(self.step_budget.advice(image))
         if fault is not None:
-            image.ticket.end(image.ticket, fault)
+            image.ticket.fail(fault)
 
     def once(self, stage: str, images: Sequence[Image], action: Action) -> RuntimeFault | None:
         """Do it, watched and measured.

@@ -20,12 +20,11 @@ from app.engine.family import Family
 from app.engine.faults import LOST
 from app.engine.finishing import Encoders
 from app.engine.idempotency import Once
-from app.engine.policy import DEFAULT_PRIORITY
 from app.engine.queue import Queue, RequestStatus
 from app.engine.ticket import Listener, Ticket
 from app.engine.worker import Worker
 from app.errors import Cancelled, DeviceLost, GenerationFailed, RuntimeFault
-from app.generation import GenerateRequest, PreviewWish
+from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
 from app.telemetry import Telemetry
 
 __all__ = ["DEVICE_THREAD", "Batcher", "Listener", "Ticket"]
@@ -158,10 +157,6 @@ class Batcher:
     def cancel(self, request_id: str) -> RequestStatus:
         """End a request; see `Queue.cancel`."""
         return self.queue.cancel(request_id)
-
-    def leave(self, ticket: Ticket) -> None:
-        """One caller waits no longer; see `Queue.leave`."""
-        self.queue.leave(ticket)
 
     def close(self, grace: float) -> None:
         """Take no more requests, wait `grace` seconds for the accepted ones, cancel the rest and end the threads."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from app.engine.ticket import Image
+from app.generation import DEFAULT_PRIORITY
 
 PATIENCE = 4.0
-DEFAULT_PRIORITY = 5
-MAX_PRIORITY = 9
 
 
 def due(accepted: float, alone: float, timeout: float, priority: int = DEFAULT_PRIORITY) -> float:
@@ -25,7 +24,7 @@ def due(accepted: float, alone: float, timeout: float, priority: int = DEFAULT_P
         accepted: when.
         alone: seconds that it would take with the device for itself.
         timeout: seconds from acceptance to its deadline.
-        priority: 1 comes first, `MAX_PRIORITY` last; each level doubles the time.
+        priority: each level less urgent doubles the time.
     """
     return accepted + min(PATIENCE * alone * 2.0 ** (priority - DEFAULT_PRIORITY), timeout / 2)
 

@@ -24,7 +24,7 @@ from app.errors import (
     RuntimeFault,
     ShuttingDown,
 )
-from app.generation import GenerateRequest, PreviewWish
+from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
 from app.telemetry import Telemetry
 
 KEPT_OUTCOMES = 1024
@@ -105,7 +105,7 @@ class Queue:
         requests: Sequence[GenerateRequest],
         timeout: float,
         *,
-        priority: int = policy.DEFAULT_PRIORITY,
+        priority: int = DEFAULT_PRIORITY,
         listener: Listener | None = None,
         preview: PreviewWish | None = None,
         once: Once | None = None,
@@ -116,7 +116,7 @@ class Queue:
         Args:
             requests: resolved, with seeds.
             timeout: seconds until the request is given up.
-            priority: 1 comes first, `policy.MAX_PRIORITY` last.
+            priority: 1 comes first, `MAX_PRIORITY` last.
             listener: hears of the request's progress.
             preview: which previews the listener wants.
             once: makes it the same request as an earlier one.
@@ -164,7 +164,7 @@ class Queue:
         return ticket
 
     def _accept(self, requests: Sequence[GenerateRequest], timeout: float, priority: int, now: float) -> Ticket:
-        ticket = Ticket(requests, now, now + timeout, self.end)
+        ticket = Ticket(requests, now, now + timeout, self)
         alone = self._costs.alone(ticket.images)
         ticket.due = policy.due(now, alone, timeout, priority)
         admission.check_places(ticket, self.tickets, self._max_images, self._costs, self._devices)

@@ -11,10 +11,10 @@ from typing import Any
 from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
 from app.engine.idempotency import Once
-from app.engine.policy import DEFAULT_PRIORITY
 from app.engine.queue import RequestStatus
 from app.errors import ModelNotFound, ModelNotReady
 from app.generation import (
+    DEFAULT_PRIORITY,
     GenerateRequest,
     Limits,
     PreviewWish,
@@ -162,10 +162,6 @@ class Model:
             once=once,
             request_id=request_id,
         )
-
-    def leave(self, ticket: Ticket) -> None:
-        """One caller waits no longer; the request is cancelled with the last one, unless it is over."""
-        self._batcher.leave(ticket)
 
     def status(self, request_id: str) -> RequestStatus:
         """How a request is.

@@ -8,7 +8,7 @@ import enum
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from app.engine.family import Job
 from app.errors import Cancelled, RuntimeFault
@@ -36,6 +36,16 @@ class Stage(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     OVER = "over"
+
+
+class Keeper(Protocol):
+    """Who keeps tickets: the one place where they end."""
+
+    def end(self, ticket: Ticket, fault: RuntimeFault | None) -> None:
+        """Resolve a ticket; only the first call does anything."""
+
+    def leave(self, ticket: Ticket) -> None:
+        """One caller waits no longer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +95,7 @@ class Ticket:
         request_ids: of the HTTP requests that wait for it.
         accepted: when, on the batcher's clock, as all its times.
         deadline: when it is given up.
-        end: how it ends; only the first call does anything.
+        keeper: who ends it.
         preview: which previews its listeners want.
         due: by when it should be done; who is due first goes first.
         waiters: callers that wait for it.
@@ -97,7 +107,7 @@ class Ticket:
     requests: Sequence[GenerateRequest]
     accepted: float
     deadline: float
-    end: Callable[[Ticket, RuntimeFault | None], None]
+    keeper: Keeper
     preview: PreviewWish | None = None
     due: float = 0.0
     number: int = field(default_factory=_numbers.__next__)
@@ -125,7 +135,14 @@ class Ticket:
 
     def cancel(self) -> None:
         """Take no further step for this request, whoever waits for it. Does nothing when it is over already."""
-        self.end(self, Cancelled("The request was cancelled."))
+        self.fail(Cancelled("The request was cancelled."))
+
+    def fail(self, fault: RuntimeFault) -> None:
+        self.keeper.end(self, fault)
+
+    def leave(self) -> None:
+        """One caller waits no longer; with the last one the request is cancelled, unless it is over."""
+        self.keeper.leave(self)
 
     @property
     def waiting(self) -> bool:

@@ -87,7 +87,7 @@ class Worker:
         if not warm_up:
             return
         request = self.family.resolve(GenerateRequest(prompt="", seed=0, num_inference_steps=1))
-        image = Image(Ticket([request], 0.0, 0.0, lambda *_: None), request, 0)
+        image = Image(Ticket([request], 0.0, 0.0, self._queue), request, 0)
         for _ in range(2):
             job = self.family.begin(request, self.family.encode(request))
             started = self._clock()

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from app.errors import InvalidRequest
 from app.generation import (
     ALIASES,
+    MAX_PRIORITY,
     PARAMETERS,
     GenerateRequest,
     Kind,
@@ -65,6 +66,7 @@ def parse_infer(body: bytes, json_length: str | None) -> InferCall:
         given=frozenset(values),
         outputs=_requested_outputs(message, options),
         timeout=_timeout(options),
+        priority=_priority(options),
     )
 
 
@@ -200,16 +202,20 @@ def _read_pixels(parameter: Parameter, tensor: RequestInput, raw: memoryview | N
     return split_pictures(data, *pictures)
 
 
+OPTIONS = ("binary_data_output", "timeout", "priority")
+"""Request parameters that say how to answer, and when."""
+
+
 def _take_parameters(message: InferenceRequest, values: dict[str, list[object]]) -> dict[str, Scalar]:
     """Move scalars given as request parameters into `values`; what is left steers the answer."""
     options: dict[str, Scalar] = {}
     for name, value in (message.parameters or {}).items():
-        if name in ("binary_data_output", "timeout"):
+        if name in OPTIONS:
             options[name] = value
             continue
         parameter = PARAMETERS.get(ALIASES.get(name, name))
         if parameter is None:
-            known = [*PARAMETERS, "binary_data_output", "timeout"]
+            known = [*PARAMETERS, *OPTIONS]
             raise InvalidRequest(f"There is no parameter {describe(name)}{nearest(name, known)}.")
         if parameter.name in values:
             raise InvalidRequest(f"{parameter.name} is given twice, as an input and as a parameter.")
@@ -272,3 +278,16 @@ def _timeout(options: Mapping[str, Scalar]) -> float | None:
         raise InvalidRequest("timeout must be a whole number of microseconds.")
     # Triton reads 0 as "no timeout of mine".
     return value / 1e6 if value else None
+
+
+def _priority(options: Mapping[str, Scalar]) -> int | None:
+    """As Triton has it: 1 is the most urgent level, and 0 means the default one.
+
+    Source: Triton ``extension_schedule_policy.md``.
+    """
+    value = options.get("priority")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_PRIORITY:
+        raise InvalidRequest(f"priority must be a whole number from 1, the most urgent, to {MAX_PRIORITY}.")
+    return value or None

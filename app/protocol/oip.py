@@ -130,6 +130,8 @@ class InferCall:
     outputs: tuple[RequestedOutput, ...]
     timeout: float | None
     """Seconds."""
+    priority: int | None = None
+    """1 comes first, 9 last."""
 
 
 def check_pixels(call: InferCall, requests: Sequence[GenerateRequest]) -> None:

@@ -66,6 +66,8 @@ class PredictCall:
     requests: tuple[GenerateRequest, ...]
     timeout: float | None = None
     """Seconds; the protocol has no place for it."""
+    priority: int | None = None
+    """The protocol has no place for it either."""
 
 
 def parse_predict(body: bytes) -> PredictCall:
