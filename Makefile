@@ -30,4 +30,5 @@ lint: install
 bench: install
 	$(BIN)/python -m tests.benchmarks.solo
 	$(BIN)/python -m tests.benchmarks.probes
+	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.readme

@@ -1,0 +1,131 @@
+"""Many callers at once: our server beside KServe's, with the same weights and requests, alternating in one run.
+
+``make bench`` runs it and writes ``results/load.md``, ``load.json`` and ``load.svg``. All servers are up all the time;
+while one is measured the others wait idle. The medians are over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from clients.bench import Generator, Load, Mix, plot
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "ours"
+SERVERS = {
+    OURS: ["-m", "app", "--model_id", "demo", "--model_name", "sdxl"],
+    "KServe, executor of one thread": ["-m", "tests.benchmarks.baseline", "--mode", "executor"],
+    "KServe, synchronous predict": ["-m", "tests.benchmarks.baseline", "--mode", "naive"],
+}
+SLO = 10.0
+COLUMNS = {
+    "images_per_second": "images/s",
+    "goodput": f"in {SLO:g} s, images/s",
+    "p50": "p50, s",
+    "p90": "p90, s",
+    "p99": "p99, s",
+    "health_p99_ms": "health p99, ms",
+}
+
+
+def start(stack: ExitStack, flags: list[str]) -> str:
+    """A server in a process of its own, ready; it ends with `stack`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, *flags, "--http_port", str(port)],
+        env={**os.environ, "LOG_LEVEL": "error"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    url = f"http://127.0.0.1:{port}"
+    while process.poll() is None:
+        try:
+            if httpx.get(f"{url}/v2/models/sdxl/ready").status_code == httpx.codes.OK:
+                return url
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise SystemExit(f"the server {' '.join(flags)} ended with code {process.returncode}")
+
+
+def median(loads: list[Load]) -> dict[str, float]:
+    summaries = [load.summary(SLO) for load in loads]
+    return {name: statistics.median(summary[name] for summary in summaries) for name in COLUMNS}
+
+
+def table(figures: dict[int, dict[str, dict[str, float]]]) -> str:
+    lines = [
+        "| clients | server | " + " | ".join(COLUMNS.values()) + " |",
+        "|--:|:--" + "|--:" * len(COLUMNS) + "|",
+    ]
+    for clients, servers in figures.items():
+        for server, row in servers.items():
+            cells = " | ".join(
+                f"{row[name]:.2f}" if name != "health_p99_ms" else f"{row[name]:.0f}" for name in COLUMNS
+            )
+            lines.append(f"| {clients} | {server} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each server in each round")
+    arguments = parser.parse_args()
+
+    runs: dict[int, dict[str, list[Load]]] = {n: {name: [] for name in SERVERS} for n in arguments.clients}
+    with ExitStack() as stack:
+        urls = {name: start(stack, flags) for name, flags in SERVERS.items()}
+        for url in urls.values():
+            asyncio.run(Generator(url, "sdxl").closed(1, 2.0, Mix(seed=1)))
+        for clients in arguments.clients:
+            for round_ in range(arguments.rounds):
+                for name, url in urls.items():
+                    load = asyncio.run(Generator(url, "sdxl").closed(clients, arguments.seconds, Mix(seed=round_)))
+                    runs[clients][name].append(load)
+                    print(clients, name, load.summary(SLO), flush=True)
+    figures = {n: {name: median(loads) for name, loads in servers.items()} for n, servers in runs.items()}
+    write(figures, runs, arguments)
+
+
+def write(figures: dict[int, dict[str, dict[str, float]]], runs: Any, arguments: argparse.Namespace) -> None:
+    notes = [
+        f"Closed loop, 10 to 30 steps, mixed guidance and schedulers; medians of {arguments.rounds} rounds of "
+        f"{arguments.seconds:g} s, alternating; {os.cpu_count()} cores ({platform.machine()}), torch "
+        f"{torch.__version__}, the demo model. KServe's server runs the stock pipeline on the same weights."
+    ]
+    fair = next(name for name in SERVERS if "executor" in name)
+    for clients, servers in figures.items():
+        rate = servers[OURS]["images_per_second"] / servers[fair]["images_per_second"]
+        late = servers[OURS]["p50"] / servers[fair]["p50"]
+        notes.append(f"{clients} clients: {rate:.2f} times the images of the executor, p50 {late:.2f} of its.")
+    text = "\n\n".join((*notes, table(figures)))
+    (RESULTS / "load.md").write_text(text, encoding="utf-8")
+    (RESULTS / "load.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    most = max(runs)
+    last = {f"{name}, {most} clients": loads[-1] for name, loads in runs[most].items()}
+    plot(last, RESULTS / "load.svg")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
