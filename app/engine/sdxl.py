@@ -6,141 +6,27 @@ for the same weights, seed and parameters; with a refiner, the picture of the tw
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 
 from app import images
-from app.engine import adapters, schedulers
+from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
 from app.engine.device import on_device
-from app.engine.family import Family, Job
-from app.engine.prompts import Embedding, PromptEncoder
-from app.engine.vae import Vae
-from app.errors import InvalidRequest
-from app.generation import PARAMETERS, GenerateRequest, ImageTask, describe
+from app.engine.family import Family
+from app.engine.prompts import Embedding
+from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
+from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
+from app.generation import PARAMETERS, GenerateRequest, ImageTask
 
-DENOISING_LIMIT = 0.8
-"""Where the refiner takes over unless a request says; its authors' value."""
-STOCK = {
-    ImageTask.TEXT_TO_IMAGE: StableDiffusionXLPipeline,
-    ImageTask.IMAGE_TO_IMAGE: StableDiffusionXLImg2ImgPipeline,
-    ImageTask.INPAINT: StableDiffusionXLInpaintPipeline,
-}
-"""The stock pipeline of each task; its ``__call__`` has the defaults."""
 OTHERS_PARAMETERS = frozenset({"true_cfg_scale", "max_sequence_length"})
-SCORES = ("aesthetic_score", "negative_aesthetic_score")
-
-
-class Part:
-    """A UNet with everything that belongs to it: the base, or the refiner.
-
-    Args:
-        name: ``base`` or ``refiner``.
-        pipeline: loaded, on its device.
-        device: where its UNet runs.
-        vae: of the other part, where it is the same.
-    """
-
-    def __init__(self, name: str, pipeline: Any, device: torch.device, vae: Vae | None = None) -> None:
-        self.name = name
-        self.pipeline = pipeline
-        self.unet = pipeline.unet
-        self.schedulers = schedulers.Schedulers(pipeline.scheduler)
-        self.prompts = PromptEncoder(pipeline, device)
-        shared = vae is not None and vae.module is pipeline.vae
-        self.vae = vae if vae is not None and shared else Vae(pipeline.vae, pipeline.image_processor)
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """Embeddings of the positive and, with guidance, of the negative prompt, by name of the part."""
-
-    positive: dict[str, Embedding]
-    negative: dict[str, Embedding]
-
-
-@dataclass(slots=True, kw_only=True)
-class Leg:
-    """One image's way through one part.
-
-    Attributes:
-        scheduler: its own.
-        scheduler_timesteps: ``[steps]`` as the scheduler made them.
-        timesteps: float32 ``[steps]`` on the device, so that no step waits for it.
-        embeddings: ``[rows, tokens, d]``; a guided job has two rows, the negative one first.
-        pooled: ``[rows, d]``.
-        time_ids: ``[rows, 6]``: original size, crop, target size; the refiner's ``[rows, 5]`` end with the score.
-        timestep_cond: ``[1, d]``, for models that take the guidance scale as an input.
-    """
-
-    part: Part
-    scheduler: Any
-    scheduler_timesteps: torch.Tensor
-    timesteps: torch.Tensor
-    step_options: dict[str, Any]
-    embeddings: torch.Tensor
-    pooled: torch.Tensor
-    time_ids: torch.Tensor
-    timestep_cond: torch.Tensor | None
-
-
-@dataclass(slots=True)
-class Inpainting:
-    """What inpainting keeps beside the latents.
-
-    Attributes:
-        mask: ``[1, 1, h, w]``, 1 where to paint.
-        image_latents: of the picture, ``[1, c, h, w]``.
-        noise: that it is mixed with.
-        masked_latents: of the picture without what is painted; only for UNets with nine channels.
-    """
-
-    mask: torch.Tensor
-    image_latents: torch.Tensor
-    noise: torch.Tensor
-    masked_latents: torch.Tensor | None
-
-
-@dataclass(slots=True, kw_only=True)
-class SdxlJob(Job):
-    """One image on its way through one part or two.
-
-    Attributes:
-        latents: ``[1, c, h / 8, w / 8]``.
-        legs: through the base, the refiner, or both in this order.
-        leg_index: where it is.
-        leg_step: steps taken of that leg.
-        guidance: ``[1, 1, 1, 1]``, float32 on the device.
-        rescale: guidance rescale and 1 minus it, in the same shape.
-    """
-
-    latents: torch.Tensor
-    generator: torch.Generator
-    legs: list[Leg]
-    leg_index: int = 0
-    leg_step: int = 0
-    guided: bool
-    guidance: torch.Tensor
-    rescale: tuple[torch.Tensor, torch.Tensor] | None
-    inpainting: Inpainting | None
-    loras: Loras = field(default=())
-
-    @property
-    def leg(self) -> Leg:
-        return self.legs[min(self.leg_index, len(self.legs) - 1)]
+"""FLUX's."""
 
 
 class SdxlFamily(Family[SdxlJob]):
@@ -149,137 +35,36 @@ class SdxlFamily(Family[SdxlJob]):
     Args:
         pipeline: the base, loaded, on its device; its components are used, its ``__call__`` never.
         refiner: the same for the refiner.
-        loaded: LoRA adapters of the base.
+        adapters: LoRA adapters of the base.
     """
 
     def __init__(
         self,
         pipeline: StableDiffusionXLPipeline,
         refiner: StableDiffusionXLImg2ImgPipeline | None = None,
-        loaded: Adapters | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._device: torch.device = pipeline._execution_device
         self._base = Part("base", pipeline, self._device)
         self._refiner = None if refiner is None else Part("refiner", refiner, self._device, self._base.vae)
-        self._adapters = loaded
+        self._adapters = adapters
         self._factor: int = pipeline.vae_scale_factor
         self._unet = pipeline.unet
         # Only for its helpers; the base's own pipeline has none that reads an image.
         self._inpaint = StableDiffusionXLInpaintPipeline(**pipeline.components)
-        encoders = filter(None, (pipeline.text_encoder, pipeline.text_encoder_2))
-        self.maxima = {"clip_skip": min(encoder.config.num_hidden_layers for encoder in encoders) - 1}
+        self._requests = SdxlRequests(self._base, self._refiner, adapters.names if adapters else ())
+        self.maxima = {"clip_skip": self._requests.most_clip_skip}
         # The refiner's stay without one: callers who do not know what is loaded send them all the same.
-        self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if loaded else {"loras"})
-        self._defaults = {
-            task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
-            for task, stock in STOCK.items()
-        }
+        self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
 
     # --- resolve -----------------------------------------------------------------------------------------------
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
-        default = self._defaults[request.task]
-        height, width = self._size(request)
-        self._check_clip_skip(request.clip_skip)
-        custom = request.timesteps or request.sigmas
-        steps = _given(request.num_inference_steps, default["num_inference_steps"])
-        resolved = replace(
-            request,
-            height=height,
-            width=width,
-            num_inference_steps=len(custom) if custom else steps,
-            guidance_scale=_given(request.guidance_scale, default["guidance_scale"]),
-            guidance_rescale=_given(request.guidance_rescale, default["guidance_rescale"]),
-            strength=_given(request.strength, default["strength"]) if request.image is not None else None,
-            original_size=request.original_size or (height, width),
-            crops_coords_top_left=request.crops_coords_top_left or default["crops_coords_top_left"],
-            target_size=request.target_size or (height, width),
-            scheduler=self._base.schedulers.resolve(request),
-            loras=adapters.resolve(request.loras, self._adapters.names if self._adapters else ()) or None,
-        )
-        if self._refiner is not None:
-            resolved = self._resolve_refiner(resolved)
-        self._check_image(resolved)
-        return resolved
-
-    def _resolve_refiner(self, request: GenerateRequest) -> GenerateRequest:
-        default = self._defaults[ImageTask.IMAGE_TO_IMAGE]
-        # Who says where to stop, wants the base's latents as they are then.
-        limit = DENOISING_LIMIT if request.denoising_end is None else 1.0
-        return replace(
-            request,
-            denoising_limit=_given(request.denoising_limit, limit),
-            aesthetic_score=_given(request.aesthetic_score, default["aesthetic_score"]),
-            negative_aesthetic_score=_given(request.negative_aesthetic_score, default["negative_aesthetic_score"]),
-        )
-
-    def _size(self, request: GenerateRequest) -> tuple[int, int]:
-        """Height and width: as asked, or the input image's own, or the model's."""
-        sides = {"height": request.height, "width": request.width}
-        own = request.image
-        for name, size in sides.items():
-            if size is not None:
-                self._check_side(name, size)
-            elif own is None or isinstance(own, bytes):
-                sides[name] = int(self._pipeline.default_sample_size * self._factor)
-            else:
-                sides[name] = getattr(own, name)
-                if getattr(own, name) % self._factor:
-                    fitting = f"{self._nearest(own.height)} and {self._nearest(own.width)}"
-                    raise InvalidRequest(
-                        f"The image is {own.height} pixels high and {own.width} wide, and both must be multiples of "
-                        f"{self._factor}; give height and width, such as {fitting}, to have it resized."
-                    )
-        assert sides["height"] is not None and sides["width"] is not None
-        return sides["height"], sides["width"]
-
-    def _nearest(self, size: int) -> int:
-        return max(1, round(size / self._factor)) * self._factor
-
-    def _check_side(self, name: str, size: int) -> None:
-        factor = self._factor
-        if size % factor:
-            below, above = size // factor * factor, (size // factor + 1) * factor
-            fitting = f"{below} and {above}" if below else f"{above}"
-            raise InvalidRequest(f"{name} must be a multiple of {factor}, not {size}; the nearest fitting: {fitting}.")
-
-    def _check_clip_skip(self, clip_skip: int | None) -> None:
-        most = self.maxima["clip_skip"]
-        if clip_skip is not None and clip_skip > most:
-            raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {describe(clip_skip)}.")
-
-    def _check_image(self, request: GenerateRequest) -> None:
-        if self._unet.config.in_channels != self._base.vae.module.config.latent_channels and request.mask_image is None:
-            raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
-        if request.strength is not None and request.num_inference_steps is not None:
-            steps = request.num_inference_steps
-            if int(steps * request.strength) < 1:
-                raise InvalidRequest(
-                    f"strength {request.strength:g} of {steps} steps leaves no step to do; take more steps, or a "
-                    f"strength of at least {1 / steps:.3g}."
-                )
+        return self._requests.resolve(request)
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
-        sentences = []
-        if not self._guided(request) and (request.negative_prompt or request.negative_prompt_2):
-            sentences.append("The negative prompt has no effect without guidance.")
-        elif request.negative_prompt is None and request.negative_prompt_2 and self._zero_negative(self._base):
-            sentences.append("negative_prompt_2 has no effect without negative_prompt.")
-        if self._refiner is None:
-            names = [name for name in ("denoising_limit", *SCORES) if getattr(request, name) is not None]
-            if names:
-                have = "has" if len(names) == 1 else "have"
-                sentences.append(f"{' and '.join(names)} {have} no effect without a refiner.")
-        return tuple(sentences)
-
-    def _guided(self, request: GenerateRequest) -> bool:
-        # Models distilled for guidance take the scale as an input instead.
-        return (request.guidance_scale or 0) > 1 and self._unet.config.time_cond_proj_dim is None
-
-    @staticmethod
-    def _zero_negative(part: Part) -> bool:
-        return bool(part.pipeline.config.force_zeros_for_empty_prompt)
+        return self._requests.warnings(request)
 
     # --- encode ------------------------------------------------------------------------------------------------
 
@@ -291,7 +76,7 @@ class SdxlFamily(Family[SdxlJob]):
         for part in self._parts(request):
             # The refiner has only the second encoder, and reads the prompt with it.
             positive = part.prompts.encode(request.prompt, request.prompt_2, request.clip_skip, loras)
-            if self._guided(request):
+            if self._requests.guided(request):
                 negative = self._negative(part, request, positive, loras)
                 positive = part.prompts.pad(positive, negative.hidden.shape[1], loras)
                 conditioning.negative[part.name] = negative
@@ -299,7 +84,7 @@ class SdxlFamily(Family[SdxlJob]):
         return conditioning
 
     def _negative(self, part: Part, request: GenerateRequest, positive: Embedding, loras: Loras) -> Embedding:
-        if request.negative_prompt is None and self._zero_negative(part):
+        if request.negative_prompt is None and zero_negative(part):
             return Embedding(torch.zeros_like(positive.hidden), torch.zeros_like(positive.pooled))
         # The stock pipeline does not skip layers for the negative prompt.
         negative = part.prompts.encode(request.negative_prompt or "", request.negative_prompt_2, None, loras)
@@ -409,12 +194,12 @@ class SdxlFamily(Family[SdxlJob]):
         negative_crops = request.negative_crops_coords_top_left or (0, 0)
         if part is self._base and request.task is ImageTask.TEXT_TO_IMAGE:
             # Here the stock pipeline wants both sizes, or none counts.
-            given = [(request.original_size, crops, request.target_size)] * 2
+            conditions = [(request.original_size, crops, request.target_size)] * 2
             if original is not None and target is not None:
-                given[0] = (original, negative_crops, target)
+                conditions[0] = (original, negative_crops, target)
             rows = [
                 self._pipeline._get_add_time_ids(*sizes, dtype=dtype, text_encoder_projection_dim=dimension)
-                for sizes in given
+                for sizes in conditions
             ]
         else:
             helper = self._inpaint if part is self._base else part.pipeline
@@ -422,8 +207,8 @@ class SdxlFamily(Family[SdxlJob]):
                 request.original_size,
                 crops,
                 request.target_size,
-                _given(request.aesthetic_score, 0.0),
-                _given(request.negative_aesthetic_score, 0.0),
+                given(request.aesthetic_score, 0.0),
+                given(request.negative_aesthetic_score, 0.0),
                 original or request.original_size,
                 negative_crops,
                 target or request.target_size,
@@ -599,10 +384,6 @@ def _rescale(job: SdxlJob, steered: torch.Tensor, positive: torch.Tensor) -> tor
     full: torch.Tensor = rescale_noise_cfg(steered, positive, guidance_rescale=1.0)
     amount, rest = (part.to(steered.dtype) for part in job.rescale)
     return amount * full + rest * steered
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def _cat_or_none(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

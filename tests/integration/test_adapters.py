@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_loras(folder: Path) -> SdxlFamily:
     pipeline = fresh()
     references = (f"first={folder / 'first.safetensors'}", f"second={folder / 'second.safetensors'}:0.5")
-    return SdxlFamily(pipeline, loaded=load_adapters(pipeline, references))
+    return SdxlFamily(pipeline, adapters=load_adapters(pipeline, references))
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")

@@ -1,0 +1,163 @@
+"""What a request means to SDXL: its defaults, which sizes fit, and what of it has no effect. Nothing here computes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from diffusers import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from app.engine.adapters import resolve as resolve_loras
+from app.engine.sdxl_job import Part
+from app.errors import InvalidRequest
+from app.generation import GenerateRequest, ImageTask, describe
+
+DENOISING_LIMIT = 0.8
+"""Where the refiner takes over unless a request says; its authors' value."""
+STOCK = {
+    ImageTask.TEXT_TO_IMAGE: StableDiffusionXLPipeline,
+    ImageTask.IMAGE_TO_IMAGE: StableDiffusionXLImg2ImgPipeline,
+    ImageTask.INPAINT: StableDiffusionXLInpaintPipeline,
+}
+"""The stock pipeline of each task; its ``__call__`` has the defaults."""
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
+
+
+class SdxlRequests:
+    """Reads requests for one loaded model; any thread may.
+
+    Args:
+        base: its first part.
+        refiner: its second, where there is one.
+        adapters: names of the LoRA adapters that requests may name.
+    """
+
+    def __init__(self, base: Part, refiner: Part | None, adapters: Sequence[str]) -> None:
+        self._base = base
+        self._refiner = refiner
+        self._adapters = adapters
+        self._factor: int = base.pipeline.vae_scale_factor
+        self._own_size = int(base.pipeline.default_sample_size * self._factor)
+        encoders = filter(None, (base.pipeline.text_encoder, base.pipeline.text_encoder_2))
+        self.most_clip_skip = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
+        self._defaults = {
+            task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
+            for task, stock in STOCK.items()
+        }
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        default = self._defaults[request.task]
+        height, width = self._size(request)
+        self._check_clip_skip(request.clip_skip)
+        custom = request.timesteps or request.sigmas
+        steps = given(request.num_inference_steps, default["num_inference_steps"])
+        resolved = replace(
+            request,
+            height=height,
+            width=width,
+            num_inference_steps=len(custom) if custom else steps,
+            guidance_scale=given(request.guidance_scale, default["guidance_scale"]),
+            guidance_rescale=given(request.guidance_rescale, default["guidance_rescale"]),
+            strength=given(request.strength, default["strength"]) if request.image is not None else None,
+            original_size=request.original_size or (height, width),
+            crops_coords_top_left=request.crops_coords_top_left or default["crops_coords_top_left"],
+            target_size=request.target_size or (height, width),
+            scheduler=self._base.schedulers.resolve(request),
+            loras=resolve_loras(request.loras, self._adapters) or None,
+        )
+        if self._refiner is not None:
+            resolved = self._resolve_refiner(resolved)
+        self._check_image(resolved)
+        return resolved
+
+    def _resolve_refiner(self, request: GenerateRequest) -> GenerateRequest:
+        default = self._defaults[ImageTask.IMAGE_TO_IMAGE]
+        # Who says where to stop, wants the base's latents as they are then.
+        limit = DENOISING_LIMIT if request.denoising_end is None else 1.0
+        return replace(
+            request,
+            denoising_limit=given(request.denoising_limit, limit),
+            aesthetic_score=given(request.aesthetic_score, default["aesthetic_score"]),
+            negative_aesthetic_score=given(request.negative_aesthetic_score, default["negative_aesthetic_score"]),
+        )
+
+    def _size(self, request: GenerateRequest) -> tuple[int, int]:
+        """Height and width: as asked, or the input image's own, or the model's."""
+        sides = {"height": request.height, "width": request.width}
+        own = request.image
+        for name, size in sides.items():
+            if size is not None:
+                self._check_side(name, size)
+            elif own is None or isinstance(own, bytes):
+                sides[name] = self._own_size
+            else:
+                sides[name] = getattr(own, name)
+                if getattr(own, name) % self._factor:
+                    fitting = f"{self._nearest(own.height)} and {self._nearest(own.width)}"
+                    raise InvalidRequest(
+                        f"The image is {own.height} pixels high and {own.width} wide, and both must be multiples of "
+                        f"{self._factor}; give height and width, such as {fitting}, to have it resized."
+                    )
+        assert sides["height"] is not None and sides["width"] is not None
+        return sides["height"], sides["width"]
+
+    def _nearest(self, size: int) -> int:
+        return max(1, round(size / self._factor)) * self._factor
+
+    def _check_side(self, name: str, size: int) -> None:
+        factor = self._factor
+        if size % factor:
+            below, above = size // factor * factor, (size // factor + 1) * factor
+            fitting = f"{below} and {above}" if below else f"{above}"
+            raise InvalidRequest(f"{name} must be a multiple of {factor}, not {size}; the nearest fitting: {fitting}.")
+
+    def _check_clip_skip(self, clip_skip: int | None) -> None:
+        most = self.most_clip_skip
+        if clip_skip is not None and clip_skip > most:
+            raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {describe(clip_skip)}.")
+
+    def _check_image(self, request: GenerateRequest) -> None:
+        channels = self._base.vae.module.config.latent_channels
+        if self._base.unet.config.in_channels != channels and request.mask_image is None:
+            raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
+        if request.strength is not None and request.num_inference_steps is not None:
+            steps = request.num_inference_steps
+            if int(steps * request.strength) < 1:
+                raise InvalidRequest(
+                    f"strength {request.strength:g} of {steps} steps leaves no step to do; take more steps, or a "
+                    f"strength of at least {1 / steps:.3g}."
+                )
+
+    def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
+        sentences = []
+        if not self.guided(request) and (request.negative_prompt or request.negative_prompt_2):
+            sentences.append("The negative prompt has no effect without guidance.")
+        elif request.negative_prompt is None and request.negative_prompt_2 and zero_negative(self._base):
+            sentences.append("negative_prompt_2 has no effect without negative_prompt.")
+        if self._refiner is None:
+            names = [name for name in ("denoising_limit", *SCORES) if getattr(request, name) is not None]
+            if names:
+                have = "has" if len(names) == 1 else "have"
+                sentences.append(f"{' and '.join(names)} {have} no effect without a refiner.")
+        return tuple(sentences)
+
+    def guided(self, request: GenerateRequest) -> bool:
+        """Whether each step asks for the negative prompt too."""
+        # Models distilled for guidance take the scale as an input instead.
+        return (request.guidance_scale or 0) > 1 and self._base.unet.config.time_cond_proj_dim is None
+
+
+def zero_negative(part: Part) -> bool:
+    """Whether no negative prompt means zeros, and not the embedding of an empty one."""
+    return bool(part.pipeline.config.force_zeros_for_empty_prompt)
+
+
+def given(value: Any, default: Any) -> Any:
+    """`value`, unless there is none."""
+    return default if value is None else value
