@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compel import EmbeddingsProvider, ReturnedEmbeddingsType
 
 from app.engine.adapters import Loras
 from app.errors import InvalidRequest
@@ -73,16 +73,6 @@ class PromptEncoder:
         self._device = device
         pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
         self._encoders = [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
-        self._providers = [
-            EmbeddingsProvider(
-                tokenizer,
-                encoder,
-                truncate=False,
-                returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
-                device=device,
-            )
-            for tokenizer, encoder in self._encoders
-        ]
         self._cache: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
 
     def encode(self, prompt: str, prompt_2: str | None, clip_skip: int | None, loras: Loras) -> Embedding:
@@ -127,6 +117,22 @@ class PromptEncoder:
             WEIGHT.search(text) or len(tokenizer(text).input_ids) > tokenizer.model_max_length
             for text, (tokenizer, _) in zip(texts, self._encoders, strict=True)
         )
+
+    @functools.cached_property
+    def _providers(self) -> list[Any]:
+        # Imported for the first prompt that needs it: the start of the server does not wait for it.
+        from compel import EmbeddingsProvider, ReturnedEmbeddingsType
+
+        return [
+            EmbeddingsProvider(
+                tokenizer,
+                encoder,
+                truncate=False,
+                returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+                device=self._device,
+            )
+            for tokenizer, encoder in self._encoders
+        ]
 
     def _chunked(self, texts: list[str]) -> Embedding:
         parts = []
