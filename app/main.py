@@ -52,8 +52,12 @@ def create_app(
     """
     started = time.monotonic()
     telemetry = Telemetry(settings.model_name)
+
+    def report(phase: str) -> None:
+        model.phase = phase
+
     batcher = Batcher(
-        [load or functools.partial(_load_family, settings.for_replica(i)) for i in range(settings.replicas)],
+        [load or functools.partial(_load_family, settings.for_replica(i), report) for i in range(settings.replicas)],
         telemetry,
         max_queue=settings.max_queue,
         max_batch_size=settings.max_batch_size,
@@ -124,10 +128,12 @@ def _warn_of_small_limits(model: Model) -> None:
         logger.warning("a request with nothing but a prompt is refused: %s", fault)
 
 
-def _load_family(settings: Settings) -> Family[Any]:
+def _load_family(settings: Settings, report: Callable[[str], None]) -> Family[Any]:
     from app.engine.weights import load_family
 
-    return load_family(settings)
+    family = load_family(settings, report)
+    report("warming up" if settings.warm_up else "")
+    return family
 
 
 def _version() -> str:

@@ -84,7 +84,7 @@ def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | 
 def readiness_response(model: Model) -> Response:
     if model.state is State.READY:
         return json_response({"name": model.name, "ready": True})
-    sentence = f"The model {model.name} is {model.state}."
+    sentence = f"The model {model.name} is {model.condition}."
     return json_response({"name": model.name, "ready": False, "error": sentence}, 503)
 
 

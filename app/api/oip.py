@@ -55,7 +55,7 @@ def router(serving: Serving, version: str) -> APIRouter:
     async def server_ready() -> Response:
         if repository.ready:
             return edge.json_response({"ready": True})
-        states = ", ".join(f"{model.name} is {model.state}" for model in repository)
+        states = ", ".join(f"{model.name} is {model.condition}" for model in repository)
         return edge.json_response({"ready": False, "error": f"Not every model is ready: {states}."}, 503)
 
     @routes.get(

@@ -57,6 +57,8 @@ class Model:
         self._batcher = batcher
         self._request_timeout = request_timeout
         self._closing = False
+        self.phase = ""
+        """What loading is at, such as ``reading unet (1.2 of 5.1 GB)``; set by whoever loads."""
 
     def close(self, grace: float) -> None:
         """Take no more requests and end the device thread; see `Batcher.close`."""
@@ -74,6 +76,12 @@ class Model:
         return State.READY
 
     @property
+    def condition(self) -> str:
+        """The state, and how far loading has come, as it can stand in a sentence."""
+        state = self.state
+        return f"{state}: {self.phase}" if state is State.LOADING and self.phase else str(state)
+
+    @property
     def family(self) -> Family[Any] | None:
         """The loaded model, which knows its own defaults; ``None`` until it is ready."""
         return self._batcher.ready.result() if self.state is State.READY else None
@@ -85,7 +93,7 @@ class Model:
 
     def require_ready(self) -> None:
         if self.state is not State.READY:
-            raise ModelNotReady(f"The model {self.name} is {self.state}; try again when it is ready.")
+            raise ModelNotReady(f"The model {self.name} is {self.condition}; try again when it is ready.")
 
     def resolve(self, requests: Sequence[GenerateRequest]) -> tuple[GenerateRequest, ...]:
         """Fill in defaults, check limits, and draw the seeds that nobody chose.

@@ -1,142 +1,313 @@
-"""Where weights come from and where they go: the folder, its family, the number format and the device.
+"""From settings to a loaded model: which weights are meant, that they fit together, and the family that runs them.
 
-torch and diffusers are imported inside functions: finding out that a folder is missing takes no seconds, and the
-server answers HTTP before they are loaded.
+Files are checked before torch is imported: what is wrong with them is told within a second, and the server answers
+HTTP meanwhile.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.engine.family import Family
+from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_folder
+from app.engine.single_files import SingleFile, read_single_file
 from app.errors import ModelLoadFailed
 from app.settings import Settings
 
 if TYPE_CHECKING:
-    import torch
+    from app.engine.loading import Format, Progress
+    from app.engine.placement import Placement
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
-FAMILIES = {"StableDiffusionXLPipeline": "sdxl"}
+DEFAULT_FLUX = "black-forest-labs/FLUX.1-schnell"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Report = Callable[[str], None]
+Source = ModelFolder | SingleFile
 
 
-def load_family(settings: Settings) -> Family[Any]:
+def load_family(settings: Settings, report: Report = lambda _: None) -> Family[Any]:
     """Load the model that `settings` name, on its device.
+
+    Args:
+        settings: what to load and where to.
+        report: hears what is being done, such as ``reading unet (1.2 of 5.1 GB)``; the log hears it too.
 
     Raises:
         ModelLoadFailed: with one sentence that names the folder or file and what to do.
     """
-    folder = find_folder(settings.model_id)
-    model_type = read_model_type(folder)
-    if settings.model_type not in ("auto", model_type):
-        raise ModelLoadFailed(f"{folder} holds a model of type {model_type}, not {settings.model_type}.")
 
-    import diffusers
-    import torch
-    import transformers
+    def say(phase: str) -> None:
+        logger.info("%s", phase)
+        report(phase)
 
-    # Both libraries log prompts that are too long, word for word.
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    say("checking files")
+    base = find_base(settings, say)
+    rest = _rest_of_flux(settings, base, say) if isinstance(base, SingleFile) and base.kind is Kind.FLUX else None
+    refiner = find_refiner(settings, base, say) if settings.use_refiner else None
+    if not settings.use_refiner and (settings.refiner_id or settings.refiner_single_file_model):
+        logger.warning("a refiner is named but not loaded; --use_refiner loads it")
 
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    logger.info("loading %s as %s on %s", folder, dtype, device)
-    try:
-        pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            add_watermarker=False,
-            variant=_variant(folder),
+    say("importing torch")
+    _quieten()
+
+    from app.engine.loading import Format, Progress
+    from app.engine.placement import choose_placement
+
+    placement = choose_placement(settings)
+    numbers = Format(placement.dtype, placement.quantization_config())
+    logger.info("loading %s as %s on %s", base.path, placement.dtype, placement.device)
+    progress = Progress(say, sum(_size(source) for source in (base, rest, refiner) if source is not None))
+    components = _load_base(base, rest, numbers, progress)
+    others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
+    return _make_family(settings, placement, base, components, refiner, others, say)
+
+
+# --- Which weights ---------------------------------------------------------------------------------------------
+
+
+def find_base(settings: Settings, report: Report) -> Source:
+    """The model that the settings name, checked as far as that goes without reading weights.
+
+    Raises:
+        ModelLoadFailed: there is none, it is broken, or it is not of the type that was asked for.
+    """
+    if settings.single_file_model is not None:
+        folder = Path(settings.model_id)
+        near = (folder,) if folder.is_dir() else ()
+        source: Source = read_single_file(settings.single_file_model, settings.config_dir, "config_dir", near)
+    else:
+        source = read_folder(find_folder(settings, report), full_precision=settings.dtype == "float32")
+    if source.kind is Kind.REFINER:
+        raise ModelLoadFailed(
+            f"{source.path} holds an SDXL refiner, which cannot begin a picture; name the base model here and the "
+            "refiner with --use_refiner and --refiner_id or --refiner_single_file_model."
         )
-        if dtype == torch.float16 and pipeline.vae.config.force_upcast:
-            # Decided once, here: this VAE overflows in float16.
-            pipeline.vae.to(torch.float32)
-        pipeline.to(device)
-    except torch.OutOfMemoryError:
-        raise ModelLoadFailed(f"{device} has too little memory for the model in {folder}.") from None
-    except Exception as error:
-        raise ModelLoadFailed(f"The model in {folder} cannot be loaded: {_first_line(error)}") from error
-
-    from app.engine.sdxl import SdxlFamily
-
-    return SdxlFamily(pipeline)
+    if settings.model_type not in ("auto", source.kind):
+        raise ModelLoadFailed(
+            f"{source.path} holds {NAMES[source.kind]}, but --model_type is {settings.model_type}; leave --model_type "
+            "out, or name another model."
+        )
+    return source
 
 
-def find_folder(model_id: str) -> Path:
-    """The folder of the model.
+def find_folder(settings: Settings, report: Report) -> Path:
+    """The folder of the model, downloaded where the settings name one on the hub.
 
     Raises:
         ModelLoadFailed: there is none.
     """
+    model_id, folder = settings.model_id, Path(settings.model_id)
     if model_id == DEMO:
-        return DEMO_WEIGHTS / "sdxl"
-    folder = Path(model_id)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+        return DEMO_WEIGHTS / ("flux" if settings.model_type == "flux" else "sdxl")
+    nothing = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if settings.model_type == "flux" and nothing and model_id == Settings.model_fields["model_id"].default:
+        logger.info("nothing is mounted at %s: taking %s from the hub", folder, DEFAULT_FLUX)
+        return _download(settings, DEFAULT_FLUX, report)
+    return _resolve(settings, model_id, "model_id", report)
+
+
+def find_refiner(settings: Settings, base: Source, report: Report) -> Source:
+    """The refiner that the settings name, checked likewise.
+
+    Raises:
+        ModelLoadFailed: none is named, it is broken, or it is no refiner.
+    """
+    if base.kind is not Kind.SDXL:
+        raise ModelLoadFailed(f"--use_refiner is for SDXL, but {base.path} holds {NAMES[base.kind]}; leave it out.")
+    if settings.refiner_single_file_model is not None:
+        named = Path(settings.refiner_id) if settings.refiner_id else None
+        near = (named,) if named is not None and named.is_dir() else ()
+        path, config = settings.refiner_single_file_model, settings.refiner_config_dir
+        source: Source = read_single_file(path, config, "refiner_config_dir", near)
+    else:
+        refiner_id = settings.refiner_id or (DEMO if _is_demo(settings) else None)
+        if refiner_id is None:
+            raise ModelLoadFailed(
+                "--use_refiner needs a refiner; name one with --refiner_id or --refiner_single_file_model."
+            )
+        if refiner_id == DEMO:
+            folder = DEMO_WEIGHTS / "refiner"
+        else:
+            folder = _resolve(settings, refiner_id, "refiner_id", report)
+        source = read_folder(folder, full_precision=settings.dtype == "float32")
+    if source.kind is not Kind.REFINER:
         raise ModelLoadFailed(
-            f"The model folder {model_id} {what}; mount a model there, name another one with --model_id, or try the "
-            "small demo model with --model_id demo."
+            f"{source.path} holds {NAMES[source.kind]} and no refiner; name it with --model_id or --single_file_model "
+            "if it is the model that begins."
         )
-    return folder
+    return source
 
 
-def read_model_type(folder: Path) -> str:
-    """The family of the model in `folder`, by its ``model_index.json``."""
-    index = folder / "model_index.json"
-    try:
-        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except FileNotFoundError:
-        raise ModelLoadFailed(
-            f"{index} does not exist; the model folder must be in diffusers' layout, with one folder per component."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelLoadFailed(f"{index} cannot be read: {error!r}.") from None
-    if not isinstance(class_name, str) or class_name not in FAMILIES:
-        raise ModelLoadFailed(f"{index} names the pipeline {class_name}; served are {', '.join(FAMILIES)}.")
-    return FAMILIES[class_name]
+def _is_demo(settings: Settings) -> bool:
+    return settings.model_id == DEMO and settings.single_file_model is None
 
 
-def choose_device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if count == 0:
-            raise ModelLoadFailed(f"--device is {name}, but no GPU is visible here; use --device cpu.")
-        if (device.index or 0) >= count:
-            raise ModelLoadFailed(f"--device is {name}, but only {count} GPUs are visible here, counted from 0.")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+def _resolve(settings: Settings, name: str, flag: str, report: Report) -> Path:
+    """A folder by its path or, where there is none, by its name on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not folder.exists() and HUB_NAME.fullmatch(name):
+        return _download(settings, name, report)
+    what = "is not a folder" if folder.exists() else "does not exist"
+    other = "try the small demo model with --model_id demo" if flag == "model_id" else "leave --use_refiner out"
+    hint = " (a single file is named with --single_file_model)" if folder.is_file() and flag == "model_id" else ""
+    kind = "model" if flag == "model_id" else "refiner"
+    raise ModelLoadFailed(
+        f"The {kind} folder {name} {what}{hint}; mount a model there, name another one with --{flag}, or {other}."
+    )
 
 
-def _variant(folder: Path) -> str | None:
-    """Prefer half-precision files where the folder has both."""
-    return "fp16" if list(folder.glob("unet/*.fp16.safetensors")) else None
+def _download(settings: Settings, name: str, report: Report, without_weights: frozenset[str] = frozenset()) -> Path:
+    from app.engine.hub import download
+
+    token = settings.huggingface_token.get_secret_value() if settings.huggingface_token else None
+    full_precision = settings.dtype == "float32"
+    return download(name, token, report, full_precision=full_precision, without_weights=without_weights)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
+def _rest_of_flux(settings: Settings, file: SingleFile, report: Report) -> ModelFolder:
+    """The folder with what a FLUX transformer alone does not have.
+
+    Raises:
+        ModelLoadFailed: none is named, or it is broken.
+    """
+    transformer = frozenset({"transformer"})
+    model_id, folder = settings.model_id, Path(settings.model_id)
+    if "model_id" not in settings.model_fields_set and settings.config_dir is not None:
+        folder = settings.config_dir
+    elif model_id == DEMO:
+        folder = DEMO_WEIGHTS / "flux"
+    elif not folder.exists() and HUB_NAME.fullmatch(model_id):
+        folder = _download(settings, model_id, report, transformer)
+    elif not is_model_folder(folder):
+        if file.shipped:
+            raise ModelLoadFailed(
+                f"{file.path} holds the transformer of a FLUX model alone; name the folder or the hub's name of the "
+                "whole model, which has the text encoders, tokenizers and VAE, with --model_id."
+            )
+        folder = file.config
+    rest = read_folder(folder, full_precision=settings.dtype == "float32", without_weights=transformer)
+    if rest.kind is not Kind.FLUX:
+        raise ModelLoadFailed(f"{folder} holds {NAMES[rest.kind]}, but {file.path} is a part of a FLUX model.")
+    return rest
+
+
+def _size(source: Source) -> int:
+    return source.checkpoint.size if isinstance(source, SingleFile) else source.size
+
+
+# --- Reading them ----------------------------------------------------------------------------------------------
+
+
+def _quieten() -> None:
+    """Both libraries draw progress bars, and log prompts that are too long word for word."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _load_base(source: Source, rest: ModelFolder | None, numbers: Format, progress: Progress) -> dict[str, Any]:
+    from app.engine import converting, loading
+
+    if isinstance(source, ModelFolder):
+        return loading.load_folder(source, numbers, progress)
+    if rest is not None:
+        return converting.load_flux_file(source, rest, numbers, progress)
+    return converting.load_sdxl_file(source, numbers, progress, "config_dir")
+
+
+def _load_refiner(
+    source: Source, base: Source, components: dict[str, Any], numbers: Format, progress: Progress
+) -> dict[str, Any]:
+    """The refiner's components; those that equal the base's are the base's own."""
+    from app.engine import converting, loading
+
+    if isinstance(source, ModelFolder):
+        known = loading.shared_components(source, base, components) if isinstance(base, ModelFolder) else {}
+        loaded = loading.load_folder(source, numbers, progress, known=known)
+    else:
+        tokenizer = {"tokenizer_2": components["tokenizer_2"]} if source.shipped else {}
+        loaded = converting.load_sdxl_file(source, numbers, progress, "refiner_config_dir", tokenizer)
+    shared = loading.share(loaded, components)
+    if shared:
+        logger.info("the refiner shares %s with the base: its memory is paid once", " and ".join(sorted(shared)))
+    return loaded
+
+
+def _make_family(
+    settings: Settings,
+    placement: Placement,
+    base: Source,
+    components: dict[str, Any],
+    refiner: Source | None,
+    others: dict[str, Any] | None,
+    report: Report,
+) -> Family[Any]:
+    import diffusers
+
+    from app.engine.adapters import load_adapters
+    from app.engine.placement import place, store_as_fp8
+
+    if base.kind is Kind.FLUX:
+        pipeline = diffusers.FluxPipeline(**components)
+    else:
+        pipeline = diffusers.StableDiffusionXLPipeline(**components, **_options(base), add_watermarker=False)
+    second = None
+    if refiner is not None and others is not None:
+        second = diffusers.StableDiffusionXLImg2ImgPipeline(
+            text_encoder=None, tokenizer=None, **others, **_options(refiner), add_watermarker=False
+        )
+    # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
+    adapters = load_adapters(pipeline, settings.lora)
+    parts = _parts([("", components), ("refiner's ", others or {})])
+    for name, part in parts.items():
+        if name.endswith(("unet", "transformer")) and settings.quantization == "fp8":
+            store_as_fp8(part, placement.dtype)
+        if name.endswith("vae"):
+            if settings.vae_tiling:
+                part.enable_tiling()
+            if settings.vae_slicing:
+                part.enable_slicing()
+    place(parts, placement, report)
+
+    family: Family[Any]
+    if base.kind is Kind.FLUX:
+        from app.engine.flux import FluxFamily  # type: ignore[import-not-found, unused-ignore]
+
+        family = FluxFamily(pipeline, adapters)
+    else:
+        from app.engine.sdxl import SdxlFamily
+
+        family = SdxlFamily(pipeline, second, adapters)
+    family.interleaves = placement.interleaves
+    return family
+
+
+def _options(source: Source) -> dict[str, bool]:
+    from app.engine.loading import pipeline_options
+
+    return pipeline_options(source.path if isinstance(source, ModelFolder) else source.config)
+
+
+def _parts(sources: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Every module once, by a name for people."""
+    from torch import nn
+
+    parts: dict[str, Any] = {}
+    for prefix, components in sources:
+        for name, component in components.items():
+            if isinstance(component, nn.Module) and not any(component is part for part in parts.values()):
+                parts[f"{prefix}{name}"] = component
+    return parts

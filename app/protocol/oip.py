@@ -240,7 +240,7 @@ def _response_parameters(call: InferCall, generation: Generation) -> dict[str, S
 
 # --- Metadata --------------------------------------------------------------------------------------------------
 
-DATATYPES = {
+_DATATYPES = {
     Kind.TEXT: "BYTES",
     Kind.INTEGER: "INT64",
     Kind.NUMBER: "FP32",
@@ -250,7 +250,6 @@ DATATYPES = {
     Kind.ADAPTERS: "BYTES",
     Kind.IMAGE: "BYTES",
 }
-"""What metadata and documentation name; numbers are read from any type that holds them exactly."""
 
 
 def model_metadata(name: str, taken: Collection[str]) -> ModelMetadata:
@@ -265,7 +264,7 @@ def model_metadata(name: str, taken: Collection[str]) -> ModelMetadata:
     inputs = [
         MetadataTensor(
             name=parameter.name,
-            datatype=DATATYPES[parameter.kind],
+            datatype=_DATATYPES[parameter.kind],
             shape=[-1, 2] if parameter.kind is Kind.PAIR else [-1],
         )
         for parameter in PARAMETERS.values()

@@ -30,7 +30,7 @@ def prompt(text: str = "a cat", **parameters: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def running(
-    load: Callable[[], Family[Any]], until_ready: bool = True, **settings: Any
+    load: Callable[[], Family[Any]] | None, until_ready: bool = True, **settings: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application whose lifespan has begun."""
     options: dict[str, Any] = {"model_name": "m", "warm_up": False, "grace_period": 1.0, **settings}
@@ -69,6 +69,28 @@ async def test_the_server_is_live_before_it_is_ready_and_says_why_it_is_not() ->
         while (await client.get("/v2/health/ready")).status_code != 200:
             await asyncio.sleep(0.005)
         assert (await client.post(INFER, json=prompt())).status_code == 200
+
+
+async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, reported = threading.Event(), threading.Event()
+
+    def load_family(_settings: Settings, report: Callable[[str], None]) -> Family[Any]:
+        report("reading unet (1.2 of 5.1 GB)")
+        reported.set()
+        loaded.wait(30)
+        return Instant()
+
+    monkeypatch.setattr("app.engine.weights.load_family", load_family)
+    async with running(None, until_ready=False) as client:
+        await asyncio.to_thread(reported.wait, 30)
+        ready = await client.get("/v2/models/m/ready")
+        assert ready.status_code == 503
+        assert ready.json()["error"] == "The model m is loading: reading unet (1.2 of 5.1 GB)."
+        refused = await client.post(INFER, json=prompt())
+        assert refused.json()["error"].startswith("The model m is loading: reading unet (1.2 of 5.1 GB); try again")
+        loaded.set()
+        while (await client.get("/v2/models/m/ready")).status_code != 200:
+            await asyncio.sleep(0.005)
 
 
 async def test_a_model_that_cannot_be_loaded_never_becomes_ready() -> None:

@@ -1,0 +1,300 @@
+"""Turns checked files into the components of a pipeline, on the CPU: diffusers and transformers do the reading.
+
+Both would fill a tensor that is missing with noise and say so in a log; here that is an error. Nothing here knows
+settings or devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from app.engine import clip_vocabulary
+from app.engine.checkpoints import AGAIN
+from app.engine.folders import INDEX, Component, ModelFolder, read_json
+from app.errors import ModelLoadFailed
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+BIG = ("unet", "transformer")
+"""The components that quantization is for."""
+ORIGINS = (
+    "_name_or_path",
+    "_diffusers_version",
+    "_commit_hash",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
+"""Entries of a configuration that say where a component comes from and not how it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """In which numbers weights are held.
+
+    Attributes:
+        dtype: of all computation but the VAE's.
+        quantization: configuration for the UNet or transformer, as diffusers takes it; ``None`` for none.
+    """
+
+    dtype: torch.dtype
+    quantization: Any = None
+
+    def of(self, name: str, config: Mapping[str, Any]) -> torch.dtype:
+        """The dtype of one component: a VAE that overflows in float16 is float32 from the start."""
+        overflows = name == "vae" and self.dtype == torch.float16 and config.get("force_upcast")
+        return torch.float32 if overflows else self.dtype
+
+
+class Progress:
+    """Says which component is being read, and how much of all is read before it.
+
+    Args:
+        report: hears one phrase after the other.
+        total: bytes of everything that will be read.
+    """
+
+    def __init__(self, report: Callable[[str], None], total: int) -> None:
+        self._report = report
+        self._total = total
+        self._done = 0
+
+    @contextlib.contextmanager
+    def reading(self, name: str, size: int) -> Iterator[None]:
+        if size:
+            self._report(f"reading {name} ({amount(self._done, self._total)})")
+        yield
+        self._done += size
+
+
+def amount(done: int, total: int) -> str:
+    """Such as ``1.2 of 5.1 GB``."""
+    unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
+    return f"{done / unit:.1f} of {total / unit:.1f} {name}"
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------
+
+
+def load_folder(
+    folder: ModelFolder,
+    numbers: Format,
+    progress: Progress,
+    *,
+    without: Iterable[str] = (),
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Every component of a model folder, by name.
+
+    Args:
+        folder: checked.
+        numbers: in which numbers.
+        progress: hears of each.
+        without: names of components that come from elsewhere.
+        known: components that are taken instead of reading them.
+
+    Raises:
+        ModelLoadFailed: naming the file and what to do.
+    """
+    loaded = dict(known or {})
+    for name, component in folder.components.items():
+        if name in without or name in loaded:
+            continue
+        with progress.reading(name, component.size):
+            loaded[name] = _load_component(component, numbers)
+    return loaded
+
+
+def _load_component(component: Component, numbers: Format) -> Any:
+    cls = getattr(LIBRARIES[component.library], component.class_name)
+    if component.name == "scheduler" or component.name.startswith("tokenizer"):
+        with told(str(component.folder)):
+            return cls.from_pretrained(component.folder, local_files_only=True)
+    config = read_json(component.folder / "config.json")
+    options: dict[str, Any] = {"dtype": numbers.of(component.name, config), "variant": component.variant}
+    if component.name in BIG and numbers.quantization is not None:
+        options["quantization_config"] = numbers.quantization
+    where = str(component.weights[0] if len(component.weights) == 1 else component.folder)
+    with told(where):
+        module, info = cls.from_pretrained(
+            component.folder,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    for name, in_file, expected in sorted(info["mismatched_keys"]):
+        raise _wrong_shape(where, name, in_file, expected)
+    check_names(where, info["missing_keys"], info["unexpected_keys"])
+    return module.eval()
+
+
+def check_names(where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Missing tensors would be noise, and those that nothing reads say that the configuration is another model's.
+
+    Raises:
+        ModelLoadFailed: tensors are missing.
+    """
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        raise ModelLoadFailed(
+            f"{where} lacks {names[0]}{more} of what its configuration describes; {AGAIN}, with its configuration."
+        )
+    names = sorted(name for name in unexpected if not name.endswith(("position_ids", "logit_scale")))
+    if names:
+        logger.warning("%s: %d tensors such as %s are not used", where, len(names), names[0])
+
+
+def _wrong_shape(where: str, name: str, in_file: Sequence[int], expected: Sequence[int]) -> ModelLoadFailed:
+    return ModelLoadFailed(
+        f"{where} has {name} in the shape {list(in_file)}, but its configuration describes {list(expected)}; take the "
+        "configuration that belongs to these weights."
+    )
+
+
+def check_shapes(where: str, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Hold tensors against those of a module, which may be on the meta device.
+
+    Raises:
+        ModelLoadFailed: one is missing or has another shape.
+    """
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            raise _wrong_shape(where, name, found[name].shape, tensor.shape)
+    check_names(where, expected.keys() - found.keys(), found.keys() - expected.keys())
+
+
+@contextlib.contextmanager
+def told(where: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one sentence about `where`."""
+    try:
+        yield
+    except ModelLoadFailed:
+        raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ModelLoadFailed(
+            f"There is too little memory for {where}; free some, or take --dtype, --quantization or another --device."
+        ) from None
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        said = f"tensor {error} is missing" if isinstance(error, KeyError) else (lines[0] if lines else repr(error))
+        raise ModelLoadFailed(f"{where} cannot be loaded: {said.rstrip('.')}.") from error
+
+
+# --- What is shared --------------------------------------------------------------------------------------------
+
+
+def shared_components(folder: ModelFolder, other: ModelFolder, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `loaded`, which came from `other`, whose files are the same in `folder`.
+
+    Nothing is read twice that a look at the sizes can tell apart.
+    """
+    return {
+        name: loaded[name]
+        for name, component in folder.components.items()
+        if component.weights and name in other.components and _same_files(component, other.components[name])
+    }
+
+
+def _same_files(one: Component, two: Component) -> bool:
+    if len(one.weights) != len(two.weights) or one.class_name != two.class_name:
+        return False
+    if not _same_configuration(read_json(one.folder / "config.json"), read_json(two.folder / "config.json")):
+        return False
+    return all(a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a, b in zip(one.weights, two.weights, strict=True))
+
+
+def share(components: dict[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """Replace components that equal those of the same name in `others`.
+
+    Returns:
+        The names of what is shared now.
+    """
+    names = []
+    for name, component in components.items():
+        other = others.get(name)
+        if other is not None and name != "scheduler" and (component is other or _equal(component, other)):
+            components[name] = other
+            names.append(name)
+    return names
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if type(one) is not type(two):
+        return False
+    if not isinstance(one, torch.nn.Module):
+        return bool(one.get_vocab() == two.get_vocab() and one.special_tokens_map == two.special_tokens_map)
+    if not _same_configuration(_configuration(one), _configuration(two)):
+        return False
+    mine, theirs = one.state_dict(), two.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def _configuration(module: Any) -> dict[str, Any]:
+    return dict(module.config.to_dict() if hasattr(module.config, "to_dict") else module.config)
+
+
+def _same_configuration(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    return _without_origin(one) == _without_origin(two)
+
+
+def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for name, value in config.items() if name not in (*ORIGINS, "torch_dtype") and value is not None
+    }
+
+
+# --- Tokenizers without a folder of their own ------------------------------------------------------------------
+
+
+def make_clip_tokenizer(config: Path, name: str, flag: str, file: Path) -> Any:
+    """CLIP's tokenizer `name` as `config` sets it up, its vocabulary taken from where it can be found.
+
+    Args:
+        config: a folder in diffusers' layout that may lack the vocabulary.
+        name: ``tokenizer`` or ``tokenizer_2``, which pad differently.
+        flag: the setting that names a folder with a vocabulary, for the sentence.
+        file: the single file it is for, for the sentence.
+
+    Raises:
+        ModelLoadFailed: there is no vocabulary; the sentence says how to provide it.
+    """
+    folder = config / name
+    if any((folder / each).is_file() for each in ("tokenizer.json", "vocab.json")):
+        with told(str(folder)):
+            return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    vocabulary = clip_vocabulary.find()
+    if vocabulary is None:
+        raise ModelLoadFailed(
+            f"{file} comes without CLIP's vocabulary, as every checkpoint does: install the extra 'single-file' (the "
+            f"package open_clip_torch has it), or name a folder with tokenizers in diffusers' layout with --{flag}."
+        )
+    logger.info("%s: taking CLIP's vocabulary from %s", name, vocabulary)
+    with tempfile.TemporaryDirectory() as made, told(str(vocabulary)):
+        if (folder / "tokenizer_config.json").is_file():
+            shutil.copy(folder / "tokenizer_config.json", made)
+        clip_vocabulary.write_tokenizer(vocabulary, Path(made))
+        return transformers.CLIPTokenizer.from_pretrained(made, local_files_only=True)
+
+
+def pipeline_options(config: Path) -> dict[str, bool]:
+    """Settings of the pipeline that its index holds."""
+    index = read_json(config / INDEX)
+    names = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
+    return {name: bool(index[name]) for name in names if index.get(name) is not None}
