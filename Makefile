@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint bench
+.PHONY: install serve test lint bench image image-test
 
 install: .venv/installed
 
@@ -32,3 +32,14 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.probes
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.readme
+
+# With CUDA, on the base image that the Containerfile names; `make image BUILD='docker build' IMAGE=registry/name:tag`.
+BUILD ?= podman build --format docker
+IMAGE ?= sdxl-runtime:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+image:
+	$(BUILD) --file Containerfile --tag $(IMAGE) --build-arg VERSION=$(lastword $(subst :, ,$(IMAGE))) \
+	  --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) .
+
+# Builds the image on a Debian and serves the demo from it; takes minutes, and root with buildah and debootstrap.
+image-test: install
+	$(BIN)/pytest tests/image/check_image.py

@@ -1,12 +1,14 @@
 """Pins everything that goes into the image, with hashes: ``python -m deploy.image.lock`` (needs ``pip install uv``).
 
-requirements.txt is what the server needs on any machine, requirements-cuda.txt what torch's CUDA build needs besides.
-Both carry the versions of constraints.txt where it has one, and the hashes of every file of a release.
+requirements.txt is what the server needs on any machine but torch, requirements-cuda.txt torch with CUDA and what only
+serves with it, requirements-cpu.txt torch without, and requirements-data.txt packages of which the server reads a file
+and runs nothing, so that they come without what they need themselves. All carry the versions that constraints.txt names,
+and the hashes of every file of a release.
 
-torch is there once, with two kinds of hashes: those of its CUDA builds, which are what PyPI has, and that of its CPU
-build, which is not on PyPI. pip takes the CPU build where it is offered one (PIP_FIND_LINKS, or PyTorch's CPU index as
-PIP_EXTRA_INDEX_URL), since 2.13.0+cpu counts as newer than 2.13.0, and the CUDA build elsewhere. The CPU build's hash
-is that of its file in the folder that PIP_FIND_LINKS names, or else stays as it was.
+Each build of torch has a file of its own, not one line with the hashes of both: among files with allowed hashes pip
+prefers those whose hash the index tells, so that with both allowed a folder's CPU build would always lose to PyPI's
+CUDA build. The CPU build is not on PyPI; its hash is that of its file in the folder that PIP_FIND_LINKS names, or else
+stays as it was.
 """
 
 from __future__ import annotations
@@ -19,34 +21,35 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 REQUIREMENTS = HERE / "requirements.txt"
 CUDA_REQUIREMENTS = HERE / "requirements-cuda.txt"
+CPU_REQUIREMENTS = HERE / "requirements-cpu.txt"
 PYTHON = "3.11"
 PLATFORM = "x86_64-manylinux_2_28"
-CUDA = ("cuda-", "nvidia-", "triton")
-"""How the names of those packages begin that only torch's CUDA build needs."""
+DATA_REQUIREMENTS = HERE / "requirements-data.txt"
+CUDA = ("bitsandbytes==", "cuda-", "nvidia-", "torch==", "triton")
+"""How those requirements begin that torch's CUDA build consists of, and what only serves with it."""
 
 HEADER = "# Made by deploy/image/lock.py from pyproject.toml and constraints.txt.\n"
-CPU_BUILD = re.compile(r"^# torch's CPU build: (\S+) sha256:(\w{64})$", re.MULTILINE)
 
 
-def resolve() -> list[str]:
+def resolve(requirements: Sequence[str], *options: str) -> list[str]:
     """One requirement with its hashes for each package, sorted by name."""
     uv = shutil.which("uv")
     if uv is None:
         sys.exit("uv is missing: pip install uv")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
-        build = Path(folder) / "build.txt"
-        build.write_text("\n".join(project["build-system"]["requires"]), encoding="utf-8")
+        wanted = Path(folder) / "wanted.txt"
+        wanted.write_text("\n".join(requirements), encoding="utf-8")
         result = subprocess.run(  # noqa: S603 (nothing here comes from outside)
             [
                 uv,
-                *("pip", "compile", "pyproject.toml", str(build), "--constraint", "constraints.txt"),
+                *("pip", "compile", str(wanted), "--constraint", "constraints.txt", *options),
                 *("--python-version", PYTHON, "--python-platform", PLATFORM),
                 *("--generate-hashes", "--no-header", "--no-annotate", "--no-config", "--quiet"),
             ],
@@ -60,34 +63,35 @@ def resolve() -> list[str]:
     return re.findall(r"^\S+==.*?(?:[^\\]\n|\Z)", result.stdout, re.MULTILINE | re.DOTALL)
 
 
-def cpu_build(version: str) -> tuple[str, str]:
-    """Name and hash of torch's CPU build.
+def cpu_build(version: str) -> str:
+    """The requirement of torch's CPU build.
 
     Raises:
         SystemExit: when neither PIP_FIND_LINKS nor the lock has it in this version.
     """
     folder = os.environ.get("PIP_FIND_LINKS", "")
     for path in sorted(Path(folder).glob(f"torch-{version}+cpu-*.whl")) if folder else []:
-        return path.name, hashlib.sha256(path.read_bytes()).hexdigest()
-    known = CPU_BUILD.search(REQUIREMENTS.read_text(encoding="utf-8")) if REQUIREMENTS.exists() else None
-    if known is None or not known[1].startswith(f"torch-{version}+cpu-"):
+        return f"torch=={version}+cpu \\\n    --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+    known = CPU_REQUIREMENTS.read_text(encoding="utf-8").removeprefix(HEADER) if CPU_REQUIREMENTS.exists() else ""
+    if not known.startswith(f"torch=={version}+cpu "):
         sys.exit(f"PIP_FIND_LINKS names no folder with the CPU build of torch {version}")
-    return known[1], known[2]
+    return known
 
 
 def main() -> None:
-    common, cuda = [], []
-    note = ""
-    for pinned in resolve():
-        name, version = pinned.split()[0].split("==")
-        requirement = pinned
-        if name == "torch":
-            file, digest = cpu_build(version)
-            note = f"# torch's CPU build: {file} sha256:{digest}\n"
-            requirement = f"{pinned.rstrip()} \\\n    --hash=sha256:{digest}\n"
-        (cuda if name.startswith(CUDA) else common).append(requirement)
-    REQUIREMENTS.write_text(HEADER + note + "".join(common), encoding="utf-8")
-    CUDA_REQUIREMENTS.write_text(HEADER + "".join(cuda), encoding="utf-8")
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = document["project"]
+    extras = project["optional-dependencies"]
+    pinned = resolve([*project["dependencies"], *extras["quantization"], *document["build-system"]["requires"]])
+    (torch,) = [each for each in pinned if each.startswith("torch==")]
+    contents = {
+        REQUIREMENTS: [each for each in pinned if not each.startswith(CUDA)],
+        CUDA_REQUIREMENTS: [each for each in pinned if each.startswith(CUDA)],
+        DATA_REQUIREMENTS: resolve(extras["single-file"], "--no-deps"),
+        CPU_REQUIREMENTS: [cpu_build(torch.split()[0].removeprefix("torch=="))],
+    }
+    for path, requirements in contents.items():
+        path.write_text(HEADER + "".join(requirements), encoding="utf-8")
 
 
 if __name__ == "__main__":
