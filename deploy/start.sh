@@ -1,0 +1,35 @@
+# shellcheck shell=sh
+# Read by the start scripts beside it. They say what is served; this says how: by `run FLAG...`.
+#
+#   MODELS   folder with the weights (default: models in the working directory)
+#   IMAGE    serve from this image with podman; without it, the sdxl-runtime of this machine serves
+#   PORT     where to listen (default: 8080)
+#   GPU      with IMAGE: none leaves the GPUs out
+#   CACHE    with IMAGE: volume for what is loaded from the Hugging Face hub (default: sdxl-huggingface)
+#
+# Settings of the server may be given as flags behind the script's name, which win over the script's own, and in a file
+# .env in the working directory; env.example is one.
+
+MODELS=${MODELS:-$PWD/models}
+PORT=${PORT:-8080}
+
+# The folder as the server sees it; the scripts read it.
+# shellcheck disable=SC2034
+if [ -n "${IMAGE:-}" ]; then models=/mnt/models; else models=$MODELS; fi
+
+run() {
+    if [ -z "${IMAGE:-}" ]; then
+        exec sdxl-runtime --http_port "$PORT" "$@"
+    fi
+    set -- "$IMAGE" "$@"
+    if [ -f .env ]; then set -- --volume "$PWD/.env:/etc/sdxl-runtime/.env:ro,Z" "$@"; fi
+    if [ -d "$MODELS" ]; then set -- --volume "$MODELS:/mnt/models:ro,Z" "$@"; fi
+    if [ "${GPU:-all}" != none ]; then set -- --device nvidia.com/gpu=all "$@"; fi
+    if [ "${HF_HUB_OFFLINE:-1}" = 0 ]; then
+        set -- --env HF_HUB_OFFLINE=0 --env HF_HOME=/cache --volume "${CACHE:-sdxl-huggingface}:/cache:U" "$@"
+    fi
+    # Taken over from here where they are set.
+    set -- --env HF_TOKEN --env HUGGINGFACE_TOKEN "$@"
+    # As in a cluster: a root file system that cannot be written, and time for running requests at the end.
+    exec podman run --rm --read-only --tmpfs /tmp --shm-size 1g --stop-timeout 60 --publish "$PORT:8080" "$@"
+}

@@ -1,0 +1,144 @@
+"""The start scripts say what they mean, to podman and to the server itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.settings import Settings, load_settings
+from tests.deploy.manifests import DEPLOY, ROOT
+from tests.e2e.conftest import LISTENING, START_SECONDS, clean_environment
+
+SCRIPTS = sorted(DEPLOY.glob("start-*.sh"))
+IMAGE = "sdxl-runtime:test"
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder of programs in place of podman and the server, which say how they were called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("podman", "sdxl-runtime"):
+        (folder / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@"\n', encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def start(script: Path, programs: Path, *flags: str, **environment: str) -> list[str]:
+    """The command that a script comes to."""
+    folder = programs.parent
+    (folder / "models").mkdir(exist_ok=True)
+    result = subprocess.run(
+        [str(script), *flags],
+        cwd=folder,
+        env={"PATH": f"{programs}:{os.environ['PATH']}"} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout.splitlines()
+
+
+def settings_of(flags: list[str]) -> Settings:
+    settings = load_settings(flags, {}, Path("/nonexistent"))
+    assert settings.ignored() == []
+    return settings
+
+
+def test_there_are_scripts() -> None:
+    assert [script.name for script in SCRIPTS] == ["start-base.sh", "start-flux.sh", "start-refiner.sh"]
+    assert all(os.access(script, os.X_OK) for script in SCRIPTS)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, DEPLOY / "start.sh", ROOT / "clients" / "curl.sh"], ids=lambda s: s.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    # The wheel puts the program beside Python's.
+    shellcheck = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which("shellcheck")
+    assert shellcheck is not None
+    result = subprocess.run(
+        [shellcheck, "--external-sources", str(script)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_server_takes_its_flags(script: Path, programs: Path) -> None:
+    program, *flags = start(script, programs, "--max_queue", "16", PORT="9000")
+    assert program == "sdxl-runtime"
+    settings = settings_of(flags)
+    assert (settings.http_port, settings.max_queue) == (9000, 16)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_with_an_image_podman_gets_the_same_flags(script: Path, programs: Path) -> None:
+    models = str(programs.parent / "models")
+    direct = start(script, programs)[1:]
+    program, *arguments = start(script, programs, IMAGE=IMAGE)
+    assert program == "podman"
+    options, flags = arguments[: arguments.index(IMAGE)], arguments[arguments.index(IMAGE) + 1 :]
+    assert ["--http_port", "8080", *flags] == [each.replace(models, "/mnt/models") for each in direct]
+    settings_of(flags)
+    assert options[:3] == ["run", "--rm", "--read-only"]
+    assert f"{models}:/mnt/models:ro,Z" in options
+    assert "nvidia.com/gpu=all" in options
+    assert ("HF_HUB_OFFLINE=0" in options) == (script.name == "start-flux.sh")
+
+
+def test_what_is_not_there_is_not_mounted(programs: Path) -> None:
+    script = DEPLOY / "start-base.sh"
+    without = start(script, programs, IMAGE=IMAGE, GPU="none", MODELS="/nonexistent")
+    assert not any("gpu" in each or ":/mnt/models" in each or ".env" in each for each in without)
+    (programs.parent / ".env").write_text("MAX_STEPS=10\n", encoding="utf-8")
+    assert any(each.endswith("/.env:/etc/sdxl-runtime/.env:ro,Z") for each in start(script, programs, IMAGE=IMAGE))
+
+
+def test_they_serve_what_the_replaced_runtimes_scripts_served(programs: Path) -> None:
+    base, flux, refiner = (settings_of(start(script, programs)[1:]) for script in SCRIPTS)
+    assert base.single_file_model is not None and not base.use_refiner
+    assert base.device == "enable_model_cpu_offload"
+    assert refiner.use_refiner and refiner.refiner_single_file_model is not None
+    assert refiner.device == "enable_sequential_cpu_offload"
+    assert (flux.model_type, flux.device) == ("flux", "enable_model_cpu_offload")
+
+
+def test_the_example_of_an_env_file_is_right(tmp_path: Path) -> None:
+    example = DEPLOY / "env.example"
+    names = {line.lstrip("#").split("=")[0].lower() for line in example.read_text(encoding="utf-8").splitlines()}
+    keys = {name for name in names if name.isidentifier()}
+    assert keys <= set(Settings.model_fields)
+    settings = load_settings([], {}, example)
+    assert (settings.max_queue, settings.log_format) == (64, "json")
+
+
+def test_a_script_starts_a_server_that_ends_when_told(tmp_path: Path) -> None:
+    """Serving the demo, and under the script's own process id, so that signals reach it."""
+    (tmp_path / "sdxl-runtime").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m app "$@"\n', encoding="utf-8")
+    (tmp_path / "sdxl-runtime").chmod(0o755)
+    flags = ("--single_file_model", "none", "--model_id", "demo", "--device", "cpu")
+    environment = clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PORT="0")
+    log_path = tmp_path / "log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [str(DEPLOY / "start-base.sh"), *flags], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not (found := LISTENING.search(log_path.read_text(encoding="utf-8"))):
+            assert process.poll() is None and time.monotonic() < deadline, log_path.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        assert httpx.get(f"http://127.0.0.1:{found[1]}/v2/health/live", timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
