@@ -79,7 +79,12 @@ ROWS: list[tuple[str, list[Panel]]] = [
         [
             stat("Ready replicas", "", "none", f"sum by (model_name) (sdxl_model_ready{{{SERVICE}}})"),
             stat("Images per minute", "", "none", f"60 * {rate('sdxl_images_total')}"),
-            stat("Images waiting", "", "none", f"sum by (model_name) (sdxl_pending_images{{{SERVICE}}})"),
+            stat(
+                "Work ahead",
+                "Until all accepted work is likely to be done, on the busiest replica.",
+                "s",
+                f"max by (model_name) (sdxl_queue_seconds{{{SERVICE}}})",
+            ),
             stat("Requests turned away per minute", "", "none", f"60 * {rate('sdxl_rejected_total')} or vector(0)"),
         ],
     ),
@@ -88,7 +93,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
         [
             graph(
                 "Images in the house",
-                "Waiting images have not taken a step yet. This is what autoscaling looks at.",
+                "Waiting images have not taken a step yet.",
                 "none",
                 (f"sum(sdxl_running_images{{{SERVICE}}})", "running"),
                 (f"sum(sdxl_pending_images{{{SERVICE}}})", "waiting"),
@@ -105,43 +110,21 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 stack=True,
             ),
             graph(
-                "Seconds of work",
-                "What is accepted will take so long; and device seconds asked for in each second, of which 1 keeps a "
-                "device busy.",
+                "Work ahead, by replica",
+                "Seconds until all accepted work is likely to be done. Autoscaling looks at it.",
                 "s",
-                (f"max by (model_name) (sdxl_queue_seconds{{{SERVICE}}})", "queue"),
-                (rate("sdxl_admitted_seconds_total"), "asked for in each second"),
-            ),
-            graph(
-                "Streams and repeated requests, per second",
-                "Events of streams, previews, and requests that came again with their Idempotency-Key.",
-                "none",
-                (f"sum by (model_name) (sdxl_open_streams{{{SERVICE}}})", "open streams"),
-                (rate("sdxl_stream_events_total", "event"), "event: {{event}}"),
-                (rate("sdxl_previews_total", "outcome"), "preview: {{outcome}}"),
-                (rate("sdxl_idempotent_total", "outcome"), "repeated: {{outcome}}"),
-            ),
-            graph(
-                "Images per second, by replica",
-                "",
-                "none",
-                (f"rate(sdxl_images_total{{{SERVICE}}}[{RATE}])", "{{pod}}{{instance}}"),
+                (f"sdxl_queue_seconds{{{SERVICE}}}", "{{pod}} {{instance}}"),
             ),
         ],
     ),
     (
         "Time",
         [
-            graph(
-                "Request",
-                "From acceptance to the last finished image.",
-                "s",
-                *quantiles("request_predict_seconds"),
-            ),
+            graph("Request", "From acceptance to the last finished image.", "s", *quantiles("request_predict_seconds")),
             graph("Waiting", "From acceptance to the first step.", "s", *quantiles("sdxl_queue_wait_seconds")),
             graph(
                 "Stages, on average",
-                "text_encode, denoise_step and decode are for all images that shared a pass; encode is for one image.",
+                "Most are for all images that shared a pass; encode is for one image.",
                 "s",
                 (mean("sdxl_stage_seconds", "stage"), "{{stage}}"),
             ),
@@ -157,57 +140,82 @@ ROWS: list[tuple[str, list[Panel]]] = [
     (
         "Device",
         [
-            graph("Steps per second", "Counted once for each image.", "none", (rate("sdxl_steps_total"), "steps")),
+            graph(
+                "Work done and work accepted, per second",
+                "One replica does one second of work in a second: where more is accepted for long, the queue grows.",
+                "none",
+                (
+                    f'sum(rate(sdxl_stage_seconds_sum{{{SERVICE}, stage!="encode"}}[{RATE}]))',
+                    "done",
+                ),
+                (f"sum(rate(sdxl_admitted_seconds_total{{{SERVICE}}}[{RATE}]))", "accepted"),
+                (f"sum(sdxl_model_ready{{{SERVICE}}})", "replicas"),
+            ),
             graph(
                 "Forward passes, on average",
-                "The more images share one, the better the device is used, and the slower each single image. An image "
-                "with guidance has two rows.",
+                "Images and rows that shared one; an image with guidance takes two rows. Switches: the share of passes "
+                "that could not be shared with the one before.",
                 "none",
                 (mean("sdxl_images_per_forward_pass", "model_name"), "images"),
                 (mean("sdxl_rows_per_forward_pass", "model_name"), "rows"),
-            ),
-            graph(
-                "What did not go well, per second",
-                "Passes that did not fit the memory and what was done, pictures decoded twice, and hung steps.",
-                "none",
-                (rate("sdxl_out_of_memory_total", "stage, action"), "out of memory in {{stage}}: {{action}}"),
-                (rate("sdxl_decode_retries_total"), "decoded twice"),
-                (rate("sdxl_hung_steps_total"), "hung"),
-            ),
-            graph(
-                "Pixels times rows that a pass may have",
-                "Less than max_batch_pixels where memory turned out to be short.",
-                "none",
-                (f"min by (model_name) (sdxl_pass_budget_pixels{{{SERVICE}}})", "budget"),
-            ),
-            graph(
-                "Turns per second",
-                "Forward passes that could not be shared with the one before, such as for another size.",
-                "none",
-                (rate("sdxl_turn_switches_total"), "switches"),
-            ),
-            graph(
-                "Device busy",
-                "Share of the time spent in text encoders, denoising and decoding, by replica.",
-                "percentunit",
                 (
-                    f'sum by (instance) (rate(sdxl_stage_seconds_sum{{{SERVICE}, stage!="encode"}}[{RATE}]))',
-                    "{{instance}}",
+                    f"{rate('sdxl_turn_switches_total')} / {rate('sdxl_rows_per_forward_pass_count')}",
+                    "switches",
                 ),
+            ),
+            graph("Steps per second", "Counted once for each image.", "none", (rate("sdxl_steps_total"), "steps")),
+            graph(
+                "Short of memory",
+                "Passes that did not fit, and what was done about it; the pixels times rows that are still tried.",
+                "none",
+                (
+                    f"sum by (stage, action) (increase(sdxl_out_of_memory_total{{{SERVICE}}}[{RATE}]))",
+                    "{{stage}}: {{action}}",
+                ),
+                (f"min(sdxl_pass_budget_pixels{{{SERVICE}}}) / 1e6", "budget, megapixels"),
+            ),
+        ],
+    ),
+    (
+        "Particulars",
+        [
+            graph(
+                "Streams",
+                "Open ones, and the events that they got per second.",
+                "none",
+                (f"sum(sdxl_open_streams{{{SERVICE}}})", "open"),
+                (rate("sdxl_stream_events_total", "event"), "{{event}}"),
+            ),
+            graph(
+                "Previews per second", "", "none", (rate("sdxl_previews_total", "outcome"), "{{outcome}}"), stack=True
+            ),
+            graph(
+                "Repeated idempotency keys per second",
+                "",
+                "none",
+                (rate("sdxl_idempotent_total", "outcome"), "{{outcome}}"),
+                stack=True,
+            ),
+            graph(
+                "Second tries and hung steps",
+                "Pictures decoded once more in float32, and steps that took too long to be believed.",
+                "none",
+                (f"sum(increase(sdxl_decode_retries_total{{{SERVICE}}}[{RATE}]))", "decoded again"),
+                (f"sum(increase(sdxl_hung_steps_total{{{SERVICE}}}[{RATE}]))", "hung"),
             ),
         ],
     ),
     (
         "Process",
         [
-            graph("Memory", "", "bytes", (own("process_resident_memory_bytes"), "{{pod}}{{instance}}")),
-            graph("CPU", "", "none", (own(f"rate(process_cpu_seconds_total[{RATE}])"), "{{pod}}{{instance}}")),
-            graph("Open files", "", "none", (own("process_open_fds"), "{{pod}}{{instance}}")),
+            graph("Memory", "", "bytes", (own("process_resident_memory_bytes"), "{{pod}} {{instance}}")),
+            graph("CPU", "", "none", (own(f"rate(process_cpu_seconds_total[{RATE}])"), "{{pod}} {{instance}}")),
+            graph("Open files", "", "none", (own("process_open_fds"), "{{pod}} {{instance}}")),
             graph(
                 "Time to ready",
                 "From the start of the process to the ready model.",
                 "s",
-                (f"sdxl_model_load_seconds{{{SERVICE}}}", "{{pod}}{{instance}}"),
+                (f"sdxl_model_load_seconds{{{SERVICE}}}", "{{pod}} {{instance}}"),
             ),
         ],
     ),

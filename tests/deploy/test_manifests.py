@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,13 @@ def test_a_service_with_a_gpu_needs_no_spare_one_for_a_rollout(overlay: str) -> 
             assert predictor["deploymentStrategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
         if settings_of(service, model).device == "cpu":
             assert gpus is None
+
+
+def test_autoscaling_asks_about_the_service_that_it_scales(tmp_path: Path) -> None:
+    service = of_kind(compose(tmp_path, "services/flux", "keda"), "InferenceService")
+    for metric in service["spec"]["predictor"]["autoScaling"]["metrics"]:
+        query = metric["external"]["metric"]["query"]
+        assert set(re.findall(r'model_name="(.*?)"', query)) == {"flux"}, query
 
 
 def test_every_storage_is_shown() -> None:

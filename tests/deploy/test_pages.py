@@ -1,0 +1,91 @@
+"""What the pages in deploy/ say is so."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clients.bench import Load
+from deploy import replicas
+from tests.deploy.manifests import DEPLOY, ROOT, examples, kustomize
+from tests.deploy.test_monitoring import ALERTS, exported
+
+README = (DEPLOY / "README.md").read_text(encoding="utf-8")
+SCALING = (DEPLOY / "scaling.md").read_text(encoding="utf-8")
+
+
+def rows(page: str, header: str) -> list[list[str]]:
+    """The cells of the table under a header."""
+    table = page.split(f"| {header} |", 1)[1].split("\n\n", 1)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_every_alert_is_told_of() -> None:
+    assert [row[0].strip("`") for row in rows(README, "alert | when")] == list(ALERTS)
+
+
+def test_every_service_is_told_of() -> None:
+    told = {name.strip(" `") for row in rows(README, "service | what | weights") for name in row[0].split(",")}
+    assert told == {path.parent.name for path in DEPLOY.glob("services/*/kustomization.yaml")} - {"base"}
+
+
+@pytest.mark.parametrize("page", [README, SCALING], ids=["README", "scaling"])
+def test_every_path_that_is_named_exists(page: str) -> None:
+    for path in re.findall(r"(?<![\w./-])deploy/[\w./-]+", page):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:runtime|services|components|monitoring|storage|image)/[\w./-]*)`", page):
+        assert (DEPLOY / path).exists(), path
+
+
+def test_every_metric_that_is_named_exists() -> None:
+    names = set(re.findall(r"\b(?:sdxl_[a-z]+_[a-z_]+|request_[a-z]+_seconds_[a-z]+)\b", README + SCALING))
+    assert names and names <= exported()
+
+
+def test_a_kustomization_of_ones_own_works(tmp_path: Path) -> None:
+    (own,) = [each for each in examples(DEPLOY / "README.md") if each["kind"] == "Kustomization"]
+    (tmp_path / "deploy").symlink_to(DEPLOY)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/kustomization.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    kinds = {each["kind"]: each for each in kustomize(tmp_path / "own")}
+    assert kinds["ServingRuntime"]["spec"]["containers"][0]["image"] == "registry.example.com/sdxl-runtime:0.1.0"
+    assert {"InferenceService", "PodMonitor", "PrometheusRule", "ConfigMap", "NetworkPolicy"} <= set(kinds)
+    assert all(each["metadata"]["namespace"] == "pictures" for each in kinds.values())
+
+
+def test_the_count_of_replicas_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    ((arguments, output),) = re.findall(r"<!-- replicas (.*?) -->\n\n```\n(.*?)```", SCALING, re.DOTALL)
+    assert replicas.main(shlex.split(arguments)) == 0
+    assert capsys.readouterr().out == output
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (replicas.Plan(demand=0.1, per_replica=1.0), 1),
+        (replicas.Plan(demand=0.7, per_replica=1.0), 1),
+        (replicas.Plan(demand=0.71, per_replica=1.0), 2),
+        (replicas.Plan(demand=2.1, per_replica=1.0, busy=0.7), 3),
+        (replicas.Plan(demand=0.1, per_replica=1.0, burst=61, within=60.0), 2),
+        (replicas.Plan(demand=2.1, per_replica=1.0, burst=600, within=60.0, spare=1), 11),
+    ],
+)
+def test_replicas(plan: replicas.Plan, expected: int) -> None:
+    assert plan.replicas == expected
+
+
+def test_what_was_measured_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = Load(seconds=10.0, latencies=[1.0] * 9).summary(slo=10.0)
+    (tmp_path / "one.json").write_text(json.dumps({"summary": summary}), encoding="utf-8")
+    assert replicas.main(["--demand", "1.5", "--bench", str(tmp_path / "one.json")]) == 0
+    assert "at 0.9 per replica" in capsys.readouterr().out
+
+
+def test_a_demand_of_nothing_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        replicas.main(["--demand", "0", "--per_replica", "1"])
