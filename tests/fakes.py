@@ -150,6 +150,37 @@ class Strict(Instant):
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         if request.scheduler is not None and request.scheduler not in NAMES:
             raise InvalidRequest(f"There is no scheduler {request.scheduler[:40]!r}.")
-        if request.clip_skip is not None and request.clip_skip > self.maxima["clip_skip"]:
-            raise InvalidRequest(f"clip_skip must be at most {self.maxima['clip_skip']} for this model.")
+        most = self.maxima.get("clip_skip", 0)
+        if request.clip_skip is not None and request.clip_skip > most:
+            raise InvalidRequest(f"clip_skip must be at most {most} for this model.")
+        return super().resolve(request)
+
+
+class Narrow(Strict):
+    """Takes little: no masks, few parameters, multiples of 16, two schedulers, and an adapter."""
+
+    parameters = frozenset(
+        {"prompt", "negative_prompt", "true_cfg_scale", "height", "width", "image", "strength", "num_inference_steps"}
+        | {"guidance_scale", "seed", "num_images_per_prompt", "scheduler", "max_sequence_length", "loras"}
+        | {"output_format"}
+    )
+    size_step = 16
+    schedulers = ("Euler", "Heun")
+    adapters = ("style.2",)
+    least_strength = 0.02
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        if request.mask_image is not None:
+            raise InvalidRequest("This model takes no masks.")
+        if request.strength is not None and request.strength < self.least_strength:
+            raise InvalidRequest(f"strength must be at least {self.least_strength}.")
+        return super().resolve(request)
+
+
+class OnlyInpaints(Strict):
+    """Has a UNet for inpainting and nothing else."""
+
+    def resolve(self, request: GenerateRequest) -> GenerateRequest:
+        if request.mask_image is None:
+            raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
         return super().resolve(request)

@@ -17,9 +17,9 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict
 
 from app.api import edge, infer_schema, predict_schema
+from app.api.offer import Offer
 from app.engine.family import Family
 from app.engine.repository import Model
-from app.generation import PARAMETERS, GenerateRequest
 from app.protocol import oip
 from app.settings import Settings
 
@@ -73,6 +73,7 @@ _ERRORS = {
 
 _INFER_SCHEMA = "#/components/schemas/InferenceRequest"
 _PREDICT_SCHEMA = "#/components/schemas/PredictRequest"
+_GENERATIONS = {_INFER_SCHEMA: infer_schema, _PREDICT_SCHEMA: predict_schema}
 
 _HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
@@ -171,8 +172,7 @@ def infer(settings: Settings) -> dict[str, Any]:
         200: {"model": oip.InferenceResponse, "description": description, "content": media_types},
         **_errors(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507),
     }
-    examples = infer_schema.examples(settings.limits)
-    return _generation(infer_schema.DESCRIPTION, responses, _INFER_SCHEMA, examples)
+    return _generation(responses, _INFER_SCHEMA)
 
 
 def predict(settings: Settings) -> dict[str, Any]:
@@ -182,17 +182,13 @@ def predict(settings: Settings) -> dict[str, Any]:
         200: {"model": PredictResponse, "description": "The pictures.", "content": example},
         **_errors(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507),
     }
-    return _generation(predict_schema.DESCRIPTION, responses, _PREDICT_SCHEMA, predict_schema.examples(settings.limits))
+    return _generation(responses, _PREDICT_SCHEMA)
 
 
-def _generation(
-    description: str, responses: dict[int | str, dict[str, Any]], schema: str, examples: dict[str, Any]
-) -> dict[str, Any]:
-    # What the schema says depends on the model, which is not there yet; `_document` brings it.
-    content = {"schema": {"$ref": schema}, "examples": examples}
-    body = {"required": True, "content": {"application/json": content}}
+def _generation(responses: dict[int | str, dict[str, Any]], schema: str) -> dict[str, Any]:
+    # What schema, examples and text say depends on the model, which is not there yet; `_document` brings them.
+    body = {"required": True, "content": {"application/json": {"schema": {"$ref": schema}}}}
     return {
-        "description": description,
         "responses": responses,
         "response_class": Response,
         "openapi_extra": {"requestBody": body},
@@ -257,12 +253,10 @@ def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> d
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes, tags=TAGS
     )
-    request = GenerateRequest(prompt="")
-    defaults, maxima = (family.resolve(request), family.maxima) if family else (request, {})
-    taken = family.parameters if family else frozenset(PARAMETERS)
+    offer = Offer(settings.limits, family)
     components = _without_null(document["components"])
-    components["schemas"]["InferenceRequest"] = infer_schema.schema(settings.limits, defaults, maxima)
-    components["schemas"]["PredictRequest"] = predict_schema.schema(settings.limits, defaults, maxima, taken)
+    components["schemas"] |= infer_schema.schemas(offer)
+    components["schemas"]["PredictRequest"] = predict_schema.schema(offer)
     # FastAPI's own validation never speaks: what a path holds is text, and bodies are read by hand.
     for name in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(name, None)
@@ -275,8 +269,18 @@ def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> d
     for path, operations in document["paths"].items():
         for operation in operations.values():
             _complete(operation, path, settings)
+            _tell_offer(operation, offer)
     document["paths"] = dict(sorted(document["paths"].items(), key=_reading_order))
     return document
+
+
+def _tell_offer(operation: dict[str, Any], offer: Offer) -> None:
+    """Add to an operation that paints what the model takes, in words and examples."""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    module = _GENERATIONS.get(content.get("schema", {}).get("$ref", ""))
+    if module is not None:
+        operation["description"] = module.description(offer)
+        content["examples"] = module.examples(offer)
 
 
 def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:

@@ -6,25 +6,15 @@ Nothing here knows OpenAPI.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
-from app.engine.scheduler_names import NAMES
-from app.generation import PARAMETERS, GenerateRequest, ImageFormat, Kind, Limits, Parameter
-from app.protocol.oip import DEFAULT_OUTPUTS, MAX_ID_LENGTH, OUTPUTS
-
-SIZE_STEP = 8
-"""SDXL's autoencoder makes 8 pixels of each latent one."""
-
-NO_NUL = "^[^\\u0000]*$"
-
-PICKY_SCHEDULERS = ("LCM", "PNDM", "TCD")
-"""They cannot do every number of steps, which a schema cannot say; the text beside it does."""
+from app.api.offer import CONDITIONS, EXAMPLE_IMAGE, EXAMPLE_MASK, Offer
+from app.generation import PARAMETERS, ImageTask, Kind
+from app.protocol.oip import DATATYPES, DEFAULT_OUTPUTS, MAX_ID_LENGTH
 
 DESCRIPTION = """\
-The schema below is the plainest form of a request: one prompt, everything else as `parameters`. To get a picture into
-a file:
+The schema below is the plainest form of a request: one prompt, an image and a mask where wanted, everything else as
+`parameters`. To get a picture into a file:
 
 ```sh
 curl -s "$SERVER/v2/models/$MODEL/infer" -d '{"inputs": [
@@ -34,52 +24,82 @@ curl -s "$SERVER/v2/models/$MODEL/infer" -d '{"inputs": [
 
 Also taken:
 
-- **Several prompts**: `"shape": [n]` and `n` elements of `data`. Every parameter may be an input too, `BYTES` for text,
-  `INT64` or `FP32` for numbers, with 1 value for all prompts or `n`, one for each.
+- **Any image** in place of the example's: a PNG, JPEG or WebP file as base64 or as the data URL of a browser's canvas,
+  or pixels as `UINT8` of shape `[height, width, 3]`, a mask's `[height, width]`. It is resized to `height` and `width`;
+  without them, its own sides have to be multiples of {size_step}.
+- **Several prompts**: `"shape": [n]` and `n` elements of `data`. Every parameter may be an input too, `BYTES` for text
+  and images, `INT64` or `FP32` for numbers, `BOOL` for truth, with 1 value for all prompts or `n`, one for each; lists
+  have the shape `[k]`.
 - **Binary requests**: JSON, then the inputs' bytes. The header `Inference-Header-Content-Length` gives the number of
   bytes of JSON, the input's parameter `binary_data_size` replaces its `data`. With the header `0`, the whole body is
   one prompt as UTF-8 text. The header decides, whatever the content type says.
 - **Binary answers**: all outputs with the request's parameter `binary_data_output`, one with its own parameter
-  `binary_data`. `pixels` is best asked for in this form.
+  `binary_data`.
+- **Pixels**: the output `pixels` as `UINT8` of shape `[n, height, width, 3]`, in JSON for small pictures only:
+  `{"name": "pixels", "parameters": {"binary_data": true}}`.
 - **A deadline**: the request's parameter `timeout` in microseconds.
 - **Schedulers that need certain steps**: `PNDM` (4 or more), `LCM` and `TCD` (50 or fewer). Each scheduler may also be
   named by its diffusers class, such as `EulerDiscreteScheduler`.
-- **Any size** of which each side is a multiple of 8 and within `max_side`, and the product within `max_pixels`.
+- **Any size** of which each side is a multiple of {size_step} and at most `max_side`, and the product at most
+  `max_pixels`.
+- **Any number of steps** with an image too, as long as `strength` times `num_inference_steps` leaves one to do.
+- **Several adapters** in `loras`, separated by commas: `style:0.8, detail`.
 - **Bodies packed** with `Content-Encoding: gzip` or `deflate`.
 """
 
 EXAMPLE_PROMPT = "a red circle on a white background"
+_TITLES = {
+    ImageTask.TEXT_TO_IMAGE: "TextToImage",
+    ImageTask.IMAGE_TO_IMAGE: "ImageToImage",
+    ImageTask.INPAINT: "Inpaint",
+}
 
 
-def schema(limits: Limits, defaults: GenerateRequest, maxima: Mapping[str, int]) -> dict[str, Any]:
-    """The schema of an infer request's JSON.
+def description(offer: Offer) -> str:
+    """What the schema cannot say, for those who read."""
+    return DESCRIPTION.replace("{size_step}", str(offer.size_step)) + offer.conditions()
 
-    Args:
-        limits: the server's.
-        defaults: what a request that asks for nothing gets.
-        maxima: the model's own upper bounds by parameter.
-    """
-    pairs = [parameter for parameter in PARAMETERS.values() if parameter.kind is Kind.PAIR]
-    return _object(
+
+def schemas(offer: Offer) -> dict[str, Any]:
+    """The schemas of an infer request's JSON by name; ``InferenceRequest`` is the one that is sent."""
+    tasks = {_TITLES[task]: _request(offer, task) for task in offer.tasks}
+    one_of = [{"$ref": f"#/components/schemas/{title}"} for title in tasks]
+    return {"InferenceRequest": {"oneOf": one_of}, **tasks, "EveryParameter": _every_parameter(offer)}
+
+
+def _request(offer: Offer, task: ImageTask) -> dict[str, Any]:
+    names = offer.names(task)
+    needed = [name for name in ("prompt", "image", "mask_image") if name in names]
+    pairs = [name for name in names if PARAMETERS[name].kind is Kind.PAIR]
+    scalars = {name: offer.schema(name, task) for name in names if name not in needed and name not in pairs}
+    scalars["binary_data_output"] = {
+        "description": "Answer with the tensors' bytes behind the JSON instead of base64 in it.",
+        "type": "boolean",
+        "default": False,
+    }
+    request = _object(
         {
             "inputs": {
                 "type": "array",
-                "description": "The prompt; behind it, where wanted, SDXL's size conditioning.",
-                "prefixItems": [_prompt(limits), *map(_pair, pairs)],
-                "minItems": 1,
-                "maxItems": 1 + len(pairs),
+                "description": f"{', '.join(needed)}; behind, where wanted, SDXL's size conditioning."
+                if pairs
+                else f"{', '.join(needed)}.",
+                "prefixItems": [_tensor(offer, name, task) for name in (*needed, *pairs)],
+                "minItems": len(needed),
+                "maxItems": len(needed) + len(pairs),
             },
             "parameters": {
-                **_object(_parameters(limits, defaults, maxima)),
+                **_object(scalars),
                 "type": ["object", "null"],
                 "description": "Everything else. What is left out is the model's own choice.",
             },
             "outputs": {
                 "type": ["array", "null"],
                 "description": f"What comes back; {' and '.join(DEFAULT_OUTPUTS)} unless given.",
-                "items": _object({"name": {"type": "string", "enum": list(OUTPUTS)}}, "name"),
+                # Pixels are too many numbers for JSON, but for the smallest pictures.
+                "items": _object({"name": {"type": "string", "enum": list(DEFAULT_OUTPUTS)}}, "name"),
                 "uniqueItems": True,
-                "maxItems": len(OUTPUTS),
+                "maxItems": len(DEFAULT_OUTPUTS),
             },
             "id": {
                 "type": ["string", "null"],
@@ -89,74 +109,39 @@ def schema(limits: Limits, defaults: GenerateRequest, maxima: Mapping[str, int])
         },
         "inputs",
     )
+    return {"title": _TITLES[task], **request}
 
 
-def _prompt(limits: Limits) -> dict[str, Any]:
-    return _tensor(PARAMETERS["prompt"], "BYTES", 1, _text(limits))
-
-
-def _pair(parameter: Parameter) -> dict[str, Any]:
-    return _tensor(parameter, "INT64", 2, {"type": "integer", **_bounds(parameter)})
-
-
-def _tensor(parameter: Parameter, datatype: str, count: int, element: dict[str, Any]) -> dict[str, Any]:
+def _tensor(offer: Offer, name: str, task: ImageTask) -> dict[str, Any]:
+    """One input: the parameter's value, or its values where it is a pair, as the tensor's data."""
+    parameter = PARAMETERS[name]
+    schema = offer.schema(name, task)
+    meaning = schema.pop("description")
+    schema.pop("default", None)
+    count, element = (2, schema["items"]) if parameter.kind is Kind.PAIR else (1, schema)
     fields = {
-        "name": {"type": "string", "const": parameter.name},
+        "name": {"type": "string", "const": name},
         "shape": {"type": "array", "const": [count]},
-        "datatype": {"type": "string", "const": datatype},
+        "datatype": {"type": "string", "const": DATATYPES[parameter.kind]},
         "data": {"type": "array", "items": element, "minItems": count, "maxItems": count},
     }
-    return {"title": parameter.name, "description": parameter.description, **_object(fields, *fields)}
+    return {"title": name, "description": meaning, **_object(fields, *fields)}
 
 
-def _parameters(limits: Limits, defaults: GenerateRequest, maxima: Mapping[str, int]) -> dict[str, Any]:
-    """What travels as request parameters: all that is no tensor of its own."""
-    side = {"multipleOf": SIZE_STEP, "maximum": longest_side(limits)}
-    schedulers = [defaults.scheduler, *(name for name in NAMES if name not in PICKY_SCHEDULERS)]
-    narrower: dict[str, dict[str, Any]] = {
-        "height": side,
-        "width": side,
-        "num_inference_steps": {"maximum": limits.max_steps},
-        "num_images_per_prompt": {"maximum": limits.max_images_per_request},
-        "denoising_end": {"minimum": None, "exclusiveMinimum": 0},
-        **{name: {"maximum": maximum} for name, maximum in maxima.items()},
-    }
-    choices = {
-        "scheduler": list(dict.fromkeys(name for name in schedulers if name)),
-        "output_format": list(ImageFormat),
-    }
-    schemas: dict[str, Any] = {}
-    for name, parameter in PARAMETERS.items():
-        if parameter.required or parameter.kind is Kind.PAIR:
-            continue
-        if name in choices:
-            schema: dict[str, Any] = {"type": "string", "enum": choices[name]}
-        elif parameter.kind is Kind.TEXT:
-            schema = _text(limits)
-        else:
-            schema = {"type": parameter.kind.value, **_bounds(parameter), **narrower.get(name, {})}
-        schema = {"description": parameter.description, **schema, "default": getattr(defaults, name)}
-        schemas[name] = {keyword: value for keyword, value in schema.items() if value is not None}
-    schemas["binary_data_output"] = {
-        "description": "Answer with the tensors' bytes behind the JSON instead of base64 in it.",
-        "type": "boolean",
-        "default": False,
-    }
-    return schemas
-
-
-def longest_side(limits: Limits) -> int:
-    """The largest height and width that fit together, however they are paired."""
-    side = min(limits.max_side, math.isqrt(limits.max_pixels))
-    return side // SIZE_STEP * SIZE_STEP
-
-
-def _text(limits: Limits) -> dict[str, Any]:
-    return {"type": "string", "maxLength": limits.max_prompt_length, "pattern": NO_NUL}
-
-
-def _bounds(parameter: Parameter) -> dict[str, Any]:
-    return {"minimum": parameter.minimum, "maximum": parameter.maximum}
+def _every_parameter(offer: Offer) -> dict[str, Any]:
+    """No request looks like this: it is for those who want to know what there is."""
+    properties = {}
+    for name in PARAMETERS:
+        if offer.takes(name):
+            properties[name] = offer.schema(name, ImageTask.INPAINT if name == "strength" else ImageTask.TEXT_TO_IMAGE)
+            if name in CONDITIONS:
+                properties[name]["description"] += f" Needs: {CONDITIONS[name]}."
+            if PARAMETERS[name].kind is Kind.IMAGE:
+                properties[name].pop("enum")
+    meaning = (
+        "Every parameter of the model and the kind of its value, for reading; requests are made as InferenceRequest."
+    )
+    return {"title": "EveryParameter", "description": meaning, **_object(properties)}
 
 
 def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
@@ -164,10 +149,39 @@ def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
     return {**schema, "required": list(required)} if required else schema
 
 
-def examples(limits: Limits) -> dict[str, Any]:
-    """Requests to try, each within the limits."""
-    prompt = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": [EXAMPLE_PROMPT]}
-    steps, several = min(20, limits.max_steps), min(4, limits.max_images_per_request)
+def examples(offer: Offer) -> dict[str, Any]:
+    """Requests to try, each within the limits and for a task that the model has."""
+    steps = min(20, offer.limits.max_steps)
+    prompt = _bytes("prompt", EXAMPLE_PROMPT)
+    star, image = _bytes("prompt", "a blue star on a white background"), _bytes("image", EXAMPLE_IMAGE)
+    by_task = {
+        ImageTask.TEXT_TO_IMAGE: _text_examples(offer, prompt, steps),
+        ImageTask.IMAGE_TO_IMAGE: {
+            "image": {
+                "summary": "From one image to another",
+                "value": {"inputs": [star, image], "parameters": {"strength": 0.8, "seed": 7}},
+            }
+        },
+        ImageTask.INPAINT: {
+            "inpaint": {
+                "summary": "Part of an image painted again",
+                "value": {
+                    "inputs": [star, image, _bytes("mask_image", EXAMPLE_MASK)],
+                    "parameters": {"strength": 1.0, "seed": 7},
+                },
+            }
+        },
+    }
+    return {name: example for task in offer.tasks for name, example in by_task[task].items()}
+
+
+def _bytes(name: str, value: str) -> dict[str, Any]:
+    return {"name": name, "shape": [1], "datatype": "BYTES", "data": [value]}
+
+
+def _text_examples(offer: Offer, prompt: dict[str, Any], steps: int) -> dict[str, Any]:
+    several = min(4, offer.limits.max_images_per_request)
+    schedulers = offer.schema("scheduler")["enum"]
     return {
         "picture": {
             "summary": "One picture",
@@ -189,7 +203,8 @@ def examples(limits: Limits) -> dict[str, Any]:
                     "negative_prompt": "blue",
                     "num_inference_steps": steps,
                     "guidance_scale": 7.5,
-                    "scheduler": "DPM++ 2M Karras",
+                    "scheduler": "DPM++ 2M Karras" if "DPM++ 2M Karras" in schedulers else schedulers[-1],
+                    **({"true_cfg_scale": 2.0} if offer.takes("true_cfg_scale") else {}),
                 },
                 "outputs": [{"name": "image"}],
             },

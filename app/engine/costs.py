@@ -22,6 +22,8 @@ GUESS = 1e-7
 
 def rows_of(request: GenerateRequest) -> int:
     """Rows that a request is likely to bring to a pass; the family knows once it has begun."""
+    if request.true_cfg_scale is not None:  # FLUX, whose guidance_scale costs nothing
+        return 2 if request.true_cfg_scale > 1 and request.negative_prompt is not None else 1
     return 2 if (request.guidance_scale or 0) > 1 else 1
 
 

@@ -1,4 +1,4 @@
-"""Running on a device: without gradients, and with a full device reported as our own error."""
+"""Running on a device: without gradients, not too far ahead of it, and with a full one reported as our own error."""
 
 from __future__ import annotations
 
@@ -33,3 +33,24 @@ def on_device(method: Callable[P, R]) -> Callable[P, R]:
         raise OutOfMemory(full)
 
     return wrapper
+
+
+class Pace:
+    """Keeps the host at most one forward pass ahead of the device: enough that neither waits for the other for long.
+
+    Args:
+        device: of the passes; on a CPU nobody runs ahead.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Called after each pass has been handed to the device: until the pass before it is done."""
+        if self._device.type != "cuda":
+            return
+        before, self._last = self._last, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._last.record(torch.cuda.current_stream(self._device))
+        if before is not None:
+            before.synchronize()

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from app.engine.scheduler_names import NAMES
 from app.generation import PARAMETERS, GenerateRequest
 
 
@@ -48,6 +49,15 @@ class Family(abc.ABC, Generic[J]):
 
     maxima: Mapping[str, int] = MappingProxyType({})
     """Largest values of parameters that the model itself bounds."""
+
+    size_step: int = 8
+    """Height and width are multiples of it."""
+
+    schedulers: tuple[str, ...] = tuple(NAMES)
+    """Names of the noise schedulers, as they are offered to callers; the model's own may be among them."""
+
+    adapters: tuple[str, ...] = ()
+    """Names of the LoRA adapters that are loaded."""
 
     interleaves: bool = True
     """False where going from one job to another is costly, because weights move to the device and back: the batcher

@@ -7,113 +7,27 @@ from __future__ import annotations
 
 import collections
 import copy
-import inspect
-import threading
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
+from diffusers import FluxInpaintPipeline, FluxPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from app import images
-from app.engine import adapters, schedulers
+from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
-from app.engine.device import on_device
-from app.engine.family import Family, Job
+from app.engine.device import Pace, on_device
+from app.engine.family import Family
 from app.engine.flow_schedulers import FlowSchedulers, first_step
+from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
+from app.engine.flux_requests import FluxRequests
 from app.engine.vae import Vae
-from app.errors import InvalidRequest
-from app.generation import GenerateRequest, ImageTask
+from app.generation import GenerateRequest
 
 EMBEDDING_CACHE_SIZE = 32
 """Prompts whose embeddings are kept; each takes 4 MB for FLUX.1 in half precision."""
-STOCK: Mapping[ImageTask, type[Any]] = MappingProxyType(
-    {
-        ImageTask.TEXT_TO_IMAGE: FluxPipeline,
-        ImageTask.IMAGE_TO_IMAGE: FluxImg2ImgPipeline,
-        ImageTask.INPAINT: FluxInpaintPipeline,
-    }
-)
-"""The stock pipeline of each task; its ``__call__`` has the defaults."""
-PARAMETERS = frozenset(
-    {
-        *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "max_sequence_length"),
-        *("height", "width", "image", "mask_image", "strength", "seed", "num_images_per_prompt", "output_format"),
-        *("num_inference_steps", "guidance_scale", "true_cfg_scale", "loras"),
-        *("scheduler", "sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
-    }
-)
-WITHOUT_EFFECT = ("denoising_limit", "original_size", "crops_coords_top_left", "target_size")
-"""What clients of SDXL send with every request: no reason to refuse it, but one to say that it does nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """What both text encoders say about one prompt.
-
-    Attributes:
-        hidden: ``[1, tokens, d]``, T5's.
-        pooled: ``[1, d]``, CLIP's.
-        ids: ``[tokens, 3]``, the positions of the tokens, which are all 0.
-    """
-
-    hidden: torch.Tensor
-    pooled: torch.Tensor
-    ids: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    positive: Embedding
-    negative: Embedding | None
-    """``None`` where the request has no true classifier-free guidance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What inpainting keeps of the input image.
-
-    Attributes:
-        latents: of the image, packed.
-        noise: what `latents` are noised with before they take part in a step.
-        mask: 1 where to paint, 0 where to keep; all three ``[1, tokens, c]``.
-        noise_levels: ``[n]`` on the device, one for each of the scheduler's steps and the last, 0.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    mask: torch.Tensor
-    noise_levels: torch.Tensor
-
-
-@dataclass(slots=True, kw_only=True)
-class FluxJob(Job):
-    """One image on its way through the transformer.
-
-    Attributes:
-        latents: ``[1, tokens, 4 c]``, packed: one token holds two by two latents.
-        scheduler_timesteps: ``[num_steps]`` on the CPU, as the scheduler wants them.
-        timesteps: ``[num_steps]`` on the device, between 0 and 1, as the transformer wants them.
-        guidance: ``[1]``, float32 on the device, or ``None`` where the transformer has no guidance embedding.
-        true_cfg_scale: counts where `conditioning` has a negative prompt.
-        image_ids: ``[tokens, 3]``, the row and column of every token.
-    """
-
-    conditioning: Conditioning
-    latents: torch.Tensor
-    scheduler: Any
-    scheduler_timesteps: torch.Tensor
-    step_options: dict[str, Any]
-    timesteps: torch.Tensor
-    guidance: torch.Tensor | None
-    true_cfg_scale: float
-    image_ids: torch.Tensor
-    kept: Kept | None
-    loras: Loras
 
 
 class FluxFamily(Family[FluxJob]):
@@ -121,170 +35,80 @@ class FluxFamily(Family[FluxJob]):
 
     Args:
         pipeline: loaded, on its device; its components are used, its ``__call__`` never.
-        loaded: LoRA adapters of the pipeline.
+        adapters: LoRA adapters of the pipeline.
     """
 
-    def __init__(self, pipeline: FluxPipeline, loaded: Adapters | None = None) -> None:
+    def __init__(self, pipeline: FluxPipeline, adapters: Adapters | None = None) -> None:
         self._pipeline = pipeline
-        self._adapters = loaded
+        self._adapters = adapters
         self._transformer = pipeline.transformer
         self._device: torch.device = pipeline._execution_device
+        self._pace = Pace(self._device)
         # Only for its helpers; the pipeline itself has none that reads an image.
         self._inpaint = FluxInpaintPipeline(**pipeline.components)
         self._vae = Vae(pipeline.vae, self._inpaint.image_processor)
-        self.parameters = (PARAMETERS - (frozenset() if loaded else {"loras"})) | frozenset(WITHOUT_EFFECT)
-        self._schedulers = FlowSchedulers(pipeline.scheduler)
-        self._embeddings: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
-        # `resolve` counts tokens on any thread, while the device thread has the pipeline's own tokenizer.
-        self._tokenizer = copy.deepcopy(pipeline.tokenizer_2)
-        self._tokenizer_lock = threading.Lock()
         self._factor: int = pipeline.vae_scale_factor * 2
-        self._default_size = self._read_default_size()
-        self._call_defaults = {
-            task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
-            for task, stock in STOCK.items()
-        }
-
-    def _read_default_size(self) -> int:
-        """Pixels along one side: what the VAE's configuration says that the model was made for, 1024 for FLUX.1.
-
-        The stock pipelines take 1024 for every model, also for those that never saw so large a picture.
-        """
-        config = self._vae.module.config
-        if "sample_size" in config.get("_use_default_values", ()) or config.sample_size % self._factor:
-            return int(self._pipeline.default_sample_size * self._pipeline.vae_scale_factor)
-        return int(config.sample_size)
+        self._schedulers = FlowSchedulers(pipeline.scheduler)
+        self._requests = FluxRequests(pipeline, self._schedulers, adapters.names if adapters else ())
+        self.parameters = self._requests.parameters
+        self._embeddings: collections.OrderedDict[Prompt, Embedding] = collections.OrderedDict()
 
     # --- resolve -----------------------------------------------------------------------------------------------
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
-        default = self._call_defaults[request.task]
-        steps = len(request.sigmas) if request.sigmas is not None else request.num_inference_steps
-        height, width = self._size(request)
-        resolved = replace(
-            request,
-            height=height,
-            width=width,
-            num_inference_steps=_given(steps, default["num_inference_steps"]),
-            # A model without a guidance embedding has no use for a default either.
-            guidance_scale=_given(request.guidance_scale, default["guidance_scale"] if self._embeds_guidance else None),
-            true_cfg_scale=_given(request.true_cfg_scale, default["true_cfg_scale"]),
-            strength=_given(request.strength, default["strength"]) if request.image is not None else None,
-            max_sequence_length=_given(request.max_sequence_length, default["max_sequence_length"]),
-            scheduler=self._schedulers.resolve(request),
-            loras=adapters.resolve(request.loras, self._adapters.names if self._adapters else ()) or None,
-        )
-        self._check_steps(resolved)
-        self._check_lengths(resolved)
-        return resolved
-
-    @property
-    def _embeds_guidance(self) -> bool:
-        return bool(self._transformer.config.guidance_embeds)
-
-    def _size(self, request: GenerateRequest) -> tuple[int, int]:
-        """Height and width: as asked, or the input image's own, or the model's."""
-        sides = {"height": request.height, "width": request.width}
-        own = request.image
-        assert not isinstance(own, bytes)
-        for name, size in sides.items():
-            if size is not None:
-                self._check_side(name, size)
-            elif own is None:
-                sides[name] = self._default_size
-            else:
-                sides[name] = getattr(own, name)
-                if getattr(own, name) % self._factor:
-                    fitting = f"{self._nearest(own.height)} and {self._nearest(own.width)}"
-                    raise InvalidRequest(
-                        f"The image is {own.height} pixels high and {own.width} wide, and both must be multiples of "
-                        f"{self._factor}; give height and width, such as {fitting}, to have it resized."
-                    )
-        assert sides["height"] is not None and sides["width"] is not None
-        return sides["height"], sides["width"]
-
-    def _nearest(self, size: int) -> int:
-        return max(1, round(size / self._factor)) * self._factor
-
-    def _check_side(self, name: str, size: int) -> None:
-        factor = self._factor
-        if size % factor:
-            below, above = size // factor * factor, (size // factor + 1) * factor
-            fitting = f"{below} and {above}" if below else f"{above}"
-            raise InvalidRequest(f"{name} must be a multiple of {factor}, not {size}; the nearest fitting: {fitting}.")
-
-    def _check_steps(self, request: GenerateRequest) -> None:
-        assert request.num_inference_steps is not None
-        if first_step(request) >= request.num_inference_steps:
-            raise InvalidRequest("strength must be more than 0, or no step is left to do.")
-
-    def _check_lengths(self, request: GenerateRequest) -> None:
-        """Refuse prompts whose end T5 would not read. CLIP's 77 tokens are enough for its one pooled vector."""
-        most = request.max_sequence_length
-        assert most is not None
-        texts = [("prompt_2", request.prompt_2) if request.prompt_2 else ("prompt", request.prompt)]
-        if self._guided(request):
-            second = request.negative_prompt_2
-            texts.append(
-                ("negative_prompt_2", second) if second else ("negative_prompt", request.negative_prompt or "")
-            )
-        for name, text in texts:
-            with self._tokenizer_lock:
-                count = len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
-            if count > most:
-                reason = "give a larger max_sequence_length" if count <= 512 else "shorten it"
-                raise InvalidRequest(
-                    f"{name} has {count} tokens, {count - most} more than max_sequence_length ({most}); {reason}."
-                )
+        return self._requests.resolve(request)
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
-        sentences = []
-        ignored = [name for name in WITHOUT_EFFECT if getattr(request, name) is not None]
-        if ignored:
-            have = "has" if len(ignored) == 1 else "have"
-            sentences.append(f"{', '.join(ignored)} {have} no effect on FLUX.")
-        if not self._embeds_guidance and (request.guidance_scale or 0) > 1:
-            sentences.append("guidance_scale has no effect: this model was made to do without guidance.")
-        if (request.true_cfg_scale or 1) > 1:
-            if request.negative_prompt is None:
-                sentences.append("true_cfg_scale has no effect without negative_prompt.")
-        elif request.negative_prompt or request.negative_prompt_2:
-            sentences.append("The negative prompt has no effect without a true_cfg_scale above 1.")
-        return tuple(sentences)
-
-    @staticmethod
-    def _guided(request: GenerateRequest) -> bool:
-        return (request.true_cfg_scale or 1) > 1 and request.negative_prompt is not None
+        return self._requests.warnings(request)
 
     # --- encode ------------------------------------------------------------------------------------------------
 
-    @on_device
     def encode(self, request: GenerateRequest) -> Conditioning:
-        self._activate(request.loras or ())
-        positive = self._embed(request, request.prompt, request.prompt_2)
-        if not self._guided(request):
-            return Conditioning(positive, None)
-        return Conditioning(positive, self._embed(request, request.negative_prompt or "", request.negative_prompt_2))
+        return self.encode_all([request])[0]
+
+    @on_device
+    def encode_all(self, requests: Sequence[GenerateRequest]) -> list[Conditioning]:
+        prompts = [self._prompts(request) for request in requests]
+        embeddings = self._embed(dict.fromkeys(prompt for each in prompts for prompt in each))
+        return [
+            Conditioning(embeddings[positive], embeddings[negative[0]] if negative else None)
+            for positive, *negative in prompts
+        ]
+
+    def _prompts(self, request: GenerateRequest) -> list[Prompt]:
+        """The positive one, and the negative one where it counts."""
+        assert request.max_sequence_length is not None
+        length, loras = request.max_sequence_length, request.loras or ()
+        prompts = [Prompt(request.prompt, request.prompt_2 or request.prompt, length, loras)]
+        if self._requests.guided(request):
+            negative = request.negative_prompt or ""
+            prompts.append(Prompt(negative, request.negative_prompt_2 or negative, length, loras))
+        return prompts
+
+    def _embed(self, prompts: Iterable[Prompt]) -> dict[Prompt, Embedding]:
+        """First all that CLIP has to read, then all for T5: where they take turns on the device, each comes once."""
+        known = {prompt: self._embeddings[prompt] for prompt in prompts if prompt in self._embeddings}
+        missing = [prompt for prompt in prompts if prompt not in known]
+        pooled = []
+        for prompt in missing:
+            self._activate(prompt.loras)
+            pooled.append(self._pipeline._get_clip_prompt_embeds(prompt.clip, device=self._device))
+        for prompt, vector in zip(missing, pooled, strict=True):
+            hidden = self._pipeline._get_t5_prompt_embeds(
+                prompt.t5, max_sequence_length=prompt.length, device=self._device
+            )
+            ids = torch.zeros(prompt.length, 3, device=self._device, dtype=vector.dtype)
+            known[prompt] = Embedding(hidden, vector, ids)
+        for prompt, embedding in known.items():
+            self._embeddings[prompt] = embedding
+            self._embeddings.move_to_end(prompt)
+        while len(self._embeddings) > EMBEDDING_CACHE_SIZE:
+            self._embeddings.popitem(last=False)
+        return known
 
     def _activate(self, loras: Loras) -> None:
         if self._adapters is not None:
             self._adapters.activate(loras)
-
-    def _embed(self, request: GenerateRequest, prompt: str, prompt_2: str | None) -> Embedding:
-        # Adapters may change the text encoders too.
-        key = (prompt, prompt_2 or prompt, request.max_sequence_length, request.loras)
-        if key in self._embeddings:
-            self._embeddings.move_to_end(key)
-            return self._embeddings[key]
-        embedding = Embedding(
-            *self._pipeline.encode_prompt(
-                prompt, prompt_2, self._device, max_sequence_length=request.max_sequence_length
-            )
-        )
-        self._embeddings[key] = embedding
-        if len(self._embeddings) > EMBEDDING_CACHE_SIZE:
-            self._embeddings.popitem(last=False)
-        return embedding
 
     # --- begin -------------------------------------------------------------------------------------------------
 
@@ -298,7 +122,7 @@ class FluxFamily(Family[FluxJob]):
         scheduler, timesteps = self._schedulers.begin(request, rows * columns)
         latents, kept = self._start(request, scheduler, generator, dtype)
         guidance = None
-        if self._embeds_guidance:
+        if self._requests.embeds_guidance:
             assert request.guidance_scale is not None
             guidance = torch.full([1], request.guidance_scale, device=self._device, dtype=torch.float32)
         return FluxJob(
@@ -380,6 +204,7 @@ class FluxFamily(Family[FluxJob]):
             directions[id(job)] = away + job.true_cfg_scale * (directions[id(job)] - away)
         for job in jobs:
             self._advance(job, directions[id(job)])
+        self._pace.wait()
 
     def _predict(self, rows: Sequence[tuple[FluxJob, Embedding]]) -> tuple[torch.Tensor, ...]:
         """One forward pass: the direction from picture to noise for each of `rows`, ``[1, tokens, 4 c]``."""
@@ -398,16 +223,18 @@ class FluxFamily(Family[FluxJob]):
 
     @staticmethod
     def _advance(job: FluxJob, direction: torch.Tensor) -> None:
+        # All of it or nothing: where memory ends in between, the job is tried again as it was.
+        scheduler = copy.copy(job.scheduler)
         timestep = job.scheduler_timesteps[job.step_index]
-        latents = job.scheduler.step(direction, timestep, job.latents, **job.step_options, return_dict=False)[0]
-        job.step_index += 1
+        latents = scheduler.step(direction, timestep, job.latents, **job.step_options, return_dict=False)[0]
         if job.kept is not None:
             kept = job.kept.latents
-            if not job.done:
-                level = job.kept.noise_levels[job.scheduler.step_index]
+            if job.step_index + 1 < job.num_steps:
+                level = job.kept.noise_levels[scheduler.step_index]
                 kept = level * job.kept.noise + (1.0 - level) * kept
             latents = (1 - job.kept.mask) * kept + job.kept.mask * latents
-        job.latents = latents
+        job.scheduler, job.latents = scheduler, latents
+        job.step_index += 1
 
     # --- decode ------------------------------------------------------------------------------------------------
 
@@ -434,7 +261,3 @@ class FluxFamily(Family[FluxJob]):
 def _cat_or_none(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(present) if present else None
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value

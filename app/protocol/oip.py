@@ -240,7 +240,7 @@ def _response_parameters(call: InferCall, generation: Generation) -> dict[str, S
 
 # --- Metadata --------------------------------------------------------------------------------------------------
 
-_DATATYPES = {
+DATATYPES = {
     Kind.TEXT: "BYTES",
     Kind.INTEGER: "INT64",
     Kind.NUMBER: "FP32",
@@ -250,6 +250,7 @@ _DATATYPES = {
     Kind.ADAPTERS: "BYTES",
     Kind.IMAGE: "BYTES",
 }
+"""What metadata and documentation name; numbers are read from any type that holds them exactly."""
 
 
 def model_metadata(name: str, taken: Collection[str]) -> ModelMetadata:
@@ -264,7 +265,7 @@ def model_metadata(name: str, taken: Collection[str]) -> ModelMetadata:
     inputs = [
         MetadataTensor(
             name=parameter.name,
-            datatype=_DATATYPES[parameter.kind],
+            datatype=DATATYPES[parameter.kind],
             shape=[-1, 2] if parameter.kind is Kind.PAIR else [-1],
         )
         for parameter in PARAMETERS.values()

@@ -20,7 +20,6 @@ import uvicorn
 
 from app.main import create_app
 from app.settings import Settings
-from tests.e2e.conftest import clean_environment
 from tests.fakes import Strict
 
 
@@ -57,7 +56,6 @@ def test_schemathesis_finds_nothing(api_key: str | None, tmp_path: Path) -> None
             [*command, f"{url}/openapi.json"],
             check=False,
             cwd=tmp_path,
-            env=clean_environment(SCHEMATHESIS_HOOKS="tests.schemathesis_formats"),
             capture_output=True,
             text=True,
             timeout=600,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 import threading
@@ -16,16 +17,16 @@ import pytest
 import schemathesis
 
 from app.api import edge
-from app.api.infer_schema import PICKY_SCHEDULERS
-from app.api.predict_schema import TOLD_IN_TEXT
+from app.api.offer import CONDITIONS, PICKY_SCHEDULERS
 from app.engine.family import Family
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest, StartupError
-from app.generation import MAX_SEED, PARAMETERS, Kind
+from app.generation import MAX_SEED, PARAMETERS, ImageTask, Kind
+from app.images import decode_images
 from app.main import create_app
 from app.protocol.infer_request import parse_infer
 from app.settings import Settings
-from tests.fakes import Strict
+from tests.fakes import Narrow, OnlyInpaints, Strict
 
 INFER = "/v2/models/sdxl/infer"
 PREDICT = "/v1/models/sdxl:predict"
@@ -116,15 +117,16 @@ def infer_examples(document: dict[str, Any]) -> dict[str, Any]:
     return examples_of(infer_operation(document))
 
 
-def instance_schema(document: dict[str, Any]) -> dict[str, Any]:
-    request = document["components"]["schemas"]["PredictRequest"]["properties"]
-    properties: dict[str, Any] = request["instances"]["items"]["properties"]
+def instance_schema(document: dict[str, Any], task: ImageTask = ImageTask.TEXT_TO_IMAGE) -> dict[str, Any]:
+    instances = document["components"]["schemas"]["PredictRequest"]["properties"]["instances"]["items"]["oneOf"]
+    (found,) = [instance["properties"] for instance in instances if instance["title"] == task.value]
+    properties: dict[str, Any] = found
     return properties
 
 
-def documented_parameters(document: dict[str, Any]) -> dict[str, Any]:
+def documented_parameters(document: dict[str, Any], form: str = "TextToImage") -> dict[str, Any]:
     """Schema by name, whether it travels as an input or as a parameter."""
-    request = document["components"]["schemas"]["InferenceRequest"]["properties"]
+    request = document["components"]["schemas"][form]["properties"]
     inputs = {tensor["properties"]["name"]["const"]: tensor for tensor in request["inputs"]["prefixItems"]}
     return {**inputs, **request["parameters"]["properties"]}
 
@@ -160,13 +162,67 @@ async def test_every_operation_has_a_summary_a_known_tag_and_a_name_of_its_own(d
     assert all(operation["summary"] and set(operation["tags"]) <= tags for operation in operations.values())
 
 
+TYPES = {
+    Kind.TEXT: "string",
+    Kind.INTEGER: "integer",
+    Kind.NUMBER: "number",
+    Kind.BOOLEAN: "boolean",
+    Kind.PAIR: "array",
+    Kind.LIST: "array",
+    Kind.ADAPTERS: "string",
+    Kind.IMAGE: "string",
+}
+
+
 async def test_every_parameter_is_told_with_its_type_and_meaning(document: dict[str, Any]) -> None:
-    documented = documented_parameters(document)
-    assert set(documented) == {*PARAMETERS, "binary_data_output"}
-    types = {Kind.TEXT: "string", Kind.INTEGER: "integer", Kind.NUMBER: "number", Kind.PAIR: "object"}
+    told = document["components"]["schemas"]["EveryParameter"]["properties"]
+    assert set(told) == set(PARAMETERS)
     for name, parameter in PARAMETERS.items():
-        assert documented[name]["description"] == parameter.description
-        assert documented[name]["type"] == ("object" if parameter.required else types[parameter.kind])
+        assert told[name]["description"].startswith(parameter.description)
+        assert told[name]["type"] == TYPES[parameter.kind]
+
+
+async def test_a_request_of_each_task_offers_every_parameter_or_says_in_words_what_it_needs(
+    document: dict[str, Any],
+) -> None:
+    in_words = {name for name in CONDITIONS if f"| `{name}` |" in infer_operation(document)["description"]}
+    assert in_words == set(CONDITIONS)
+    # This model has no adapters.
+    everything = {*PARAMETERS, "binary_data_output"} - in_words - {"loras"}
+    # With an image, the number of steps hangs on the strength, as the text says.
+    assert set(documented_parameters(document, "Inpaint")) == everything - {"num_inference_steps"}
+    assert set(documented_parameters(document, "ImageToImage")) == everything - {"mask_image", "num_inference_steps"}
+    assert set(documented_parameters(document)) == everything - {"mask_image", "image", "strength"}
+
+
+async def test_another_family_is_told_with_what_it_takes_and_nothing_else() -> None:
+    async with serve(Narrow) as client:
+        await wait_until_ready(client)
+        document = (await client.get("/openapi.json")).json()
+        names = {tensor["name"] for tensor in (await client.get("/v2/models/sdxl")).json()["inputs"]}
+        assert names == set(document["components"]["schemas"]["EveryParameter"]["properties"]) == Narrow.parameters
+        told = documented_parameters(document)
+        assert told["height"]["multipleOf"] == told["height"]["minimum"] == 16
+        assert told["scheduler"]["enum"] == ["Euler", "Heun"]
+        assert documented_parameters(document, "ImageToImage")["strength"]["minimum"] == Narrow.least_strength
+        assert re.fullmatch(told["loras"]["pattern"], "style.2:0.5")
+        assert not re.fullmatch(told["loras"]["pattern"], "style+2")
+        assert "Inpaint" not in document["components"]["schemas"]
+        assert "a multiple of 16" in infer_operation(document)["description"]
+        for example in infer_examples(document).values():
+            validator(document, "InferenceRequest").validate(example)
+            assert (await client.post(INFER, json=example)).status_code == 200
+
+
+async def test_a_model_that_only_inpaints_offers_nothing_else() -> None:
+    async with serve(OnlyInpaints, warm_up=False) as client:
+        await wait_until_ready(client)
+        document = (await client.get("/openapi.json")).json()
+        assert document["components"]["schemas"]["InferenceRequest"]["oneOf"] == [
+            {"$ref": "#/components/schemas/Inpaint"}
+        ]
+        for example in infer_examples(document).values():
+            assert (await client.post(INFER, json=example)).status_code == 200
 
 
 async def test_bounds_are_the_limits_of_the_settings() -> None:
@@ -183,6 +239,20 @@ async def test_bounds_are_the_limits_of_the_settings() -> None:
     assert "minimum" not in documented["denoising_end"] and documented["denoising_end"]["exclusiveMinimum"] == 0
 
 
+async def test_a_server_without_room_for_an_example_image_offers_none() -> None:
+    for settings in ({"max_side": 56}, {"max_pixels": 4095}, {"max_input_pixels": 8191}, {"max_steps": 3}):
+        schemas = (await fetch(**settings))["components"]["schemas"]
+        assert schemas["InferenceRequest"]["oneOf"] == [{"$ref": "#/components/schemas/TextToImage"}]
+    examples = infer_examples(await fetch())
+    assert [decode(examples["inpaint"], i)[:2] for i in (1, 2)] == [(64, 64), (64, 64)]
+
+
+def decode(example: dict[str, Any], index: int) -> tuple[int, int]:
+    tensor = example["inputs"][index]
+    (pixels,) = decode_images([(tensor["name"], base64.b64decode(tensor["data"][0]))], 4096)
+    return pixels.height, pixels.width
+
+
 async def test_defaults_and_bounds_of_the_model_are_told_once_it_is_loaded() -> None:
     load = LoadsWhenTold()
     async with serve(load) as client:
@@ -190,19 +260,24 @@ async def test_defaults_and_bounds_of_the_model_are_told_once_it_is_loaded() -> 
         load.go.set()
         await wait_until_ready(client)
         after = documented_parameters((await client.get("/openapi.json")).json())
-    assert "default" not in before["height"] and "maximum" not in before["clip_skip"]
+    assert "default" not in before["height"]
     assert before["output_format"]["default"] == after["output_format"]["default"] == "png"
     assert after["height"]["default"] == 16 and after["guidance_scale"]["default"] == 5.0
-    assert after["scheduler"]["default"] == "Euler" and after["clip_skip"]["maximum"] == 2
+    assert after["scheduler"]["default"] == "Euler"
 
 
 async def test_every_keyword_of_an_instance_is_told_with_its_meaning_and_its_bounds() -> None:
-    documented = instance_schema(await fetch(max_steps=7, max_images_per_request=3, max_prompt_length=12))
+    document = await fetch(max_steps=7, max_images_per_request=3, max_prompt_length=12)
+    documented = instance_schema(document, ImageTask.INPAINT)
     assert {name: schema["description"] for name, schema in documented.items()} == {
-        name: parameter.description for name, parameter in PARAMETERS.items() if name not in TOLD_IN_TEXT
+        name: parameter.description
+        for name, parameter in PARAMETERS.items()
+        if name not in CONDITIONS and name not in ("loras", "num_inference_steps")
     }
-    assert documented["num_inference_steps"]["maximum"] == 7
-    assert documented["num_images_per_prompt"]["maximum"] == 3 and documented["clip_skip"]["maximum"] == 2
+    without = {name for name, schema in instance_schema(document).items() if schema["type"] == "null"}
+    assert without == {"image", "mask_image", "strength"}
+    assert instance_schema(document)["num_inference_steps"]["maximum"] == 7
+    assert documented["num_images_per_prompt"]["maximum"] == 3
     assert documented["prompt"]["maxLength"] == 12 and documented["denoising_limit"]["exclusiveMinimum"] == 0
     assert documented["crops_coords_top_left"]["type"] == ["array", "null"] and documented["prompt"]["type"] == "string"
 
@@ -271,9 +346,8 @@ async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncCli
         assert not list(places_of_null(answer.json()))
         assert not list(places_of_null(document["components"]["schemas"][name]))
     parts = ("Tensor", "Output", "Prediction", "EncodedImage")
-    assert set(answers) | {"InferenceRequest", "PredictRequest"} >= {
-        name for name in document["components"]["schemas"] if not name.endswith(parts)
-    }
+    requests = {"InferenceRequest", "TextToImage", "ImageToImage", "Inpaint", "EveryParameter", "PredictRequest"}
+    assert set(answers) | requests >= {name for name in document["components"]["schemas"] if not name.endswith(parts)}
 
 
 async def test_a_server_that_is_not_ready_answers_as_documented() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.engine.flux import FluxFamily, FluxJob
 from app.errors import GenerationFailed, OutOfMemory
@@ -183,20 +185,86 @@ def test_heun_paints_at_few_steps_from_noise_and_from_pictures(pair: Pair, steps
 def test_prompts_are_encoded_once_and_few_are_kept(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     family = FluxFamily(pair.stock)
     encoded: list[str] = []
-    encode_prompt = family._pipeline.encode_prompt
 
-    def counted(prompt: str, *rest: Any, **options: Any) -> Any:
-        encoded.append(prompt)
-        return encode_prompt(prompt, *rest, **options)
+    def follow(encoder: str) -> None:
+        real = getattr(family._pipeline, f"_get_{encoder}_prompt_embeds")
 
-    monkeypatch.setattr(family._pipeline, "encode_prompt", counted)
+        def followed(prompt: str, **options: Any) -> Any:
+            encoded.append(f"{encoder} {prompt}")
+            return real(prompt, **options)
+
+        monkeypatch.setattr(family._pipeline, f"_get_{encoder}_prompt_embeds", followed)
+
+    follow("clip")
+    follow("t5")
     monkeypatch.setattr("app.engine.flux.EMBEDDING_CACHE_SIZE", 2)
-    for prompt in ("a", "b", "a", "c", "a", "b"):
-        family.encode(family.resolve(GenerateRequest(prompt=prompt, **SHORT)))
-    assert encoded == ["a", "b", "c", "b"]
-    family.encode(family.resolve(GenerateRequest(prompt="b", **{**SHORT, "max_sequence_length": 32})))
-    family.encode(family.resolve(GenerateRequest(prompt="b", prompt_2="c", **SHORT)))
-    assert encoded == ["a", "b", "c", "b", "b", "b"]
+
+    def encode(*prompts: str, **parameters: Any) -> list[str]:
+        encoded.clear()
+        requests = [family.resolve(GenerateRequest(prompt=each, **{**SHORT, **parameters})) for each in prompts]
+        assert len(family.encode_all(requests)) == len(prompts)
+        return encoded
+
+    assert encode("a") == ["clip a", "t5 a"]
+    assert encode("a", "b", "a", "c", "c") == ["clip b", "clip c", "t5 b", "t5 c"], "an encoder came more than once"
+    assert encode("b", "c") == []
+    assert encode("a") == ["clip a", "t5 a"], "more prompts were kept than there is room for"
+    assert encode("a", max_sequence_length=32) == ["clip a", "t5 a"]
+    assert encode("a", prompt_2="z") == ["clip a", "t5 z"]
+    assert encode("a", prompt_2="z", negative_prompt="n") == []
+    negative = encode("a", prompt_2="z", negative_prompt="n", true_cfg_scale=2.0)
+    assert negative == ["clip n", "t5 n"]
+
+
+def test_prompts_read_together_paint_as_each_alone(pair: Pair) -> None:
+    requests = [
+        pair.family.resolve(GenerateRequest(prompt=prompt, negative_prompt="n", true_cfg_scale=2.0, seed=1, **SHORT))
+        for prompt in ("first", "second")
+    ]
+    together = FluxFamily(pair.stock).encode_all(requests)
+    for request, conditioning in zip(requests, together, strict=True):
+        job = pair.family.begin(request, conditioning)
+        while not job.done:
+            pair.family.step([job])
+        alone = pair.ours(prompt=request.prompt, negative_prompt="n", true_cfg_scale=2.0, seed=1, **SHORT)
+        assert np.array_equal(pair.family.decode([job])[0], alone)
+
+
+@pytest.mark.parametrize("scheduler", ["Euler", "Heun"])
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_a_step_that_did_not_fit_leaves_the_job_as_it_was(pair: Pair, scheduler: str, inpaint: bool) -> None:
+    images = {"image": PICTURE, "mask_image": MASK, "strength": 1.0} if inpaint else {}
+    parameters: dict[str, Any] = {"prompt": PROMPT, "seed": 4, "scheduler": scheduler, **images, **SHORT}
+    expected = pair.ours(**parameters)
+    request = pair.family.resolve(GenerateRequest(**parameters))
+    job = pair.family.begin(request, pair.family.encode(request))
+    with MemoryEndsAfter(10**9) as mode:
+        pair.family.step([job])
+    for operations in range(mode.operations - 16, mode.operations, 3):
+        job = pair.family.begin(request, pair.family.encode(request))
+        while not job.done:
+            before = job.step_index
+            with contextlib.suppress(OutOfMemory), MemoryEndsAfter(operations) as mode:
+                pair.family.step([job])
+            if mode.operations > operations:
+                assert job.step_index == before
+                pair.family.step([job])
+        assert np.array_equal(pair.family.decode([job])[0], expected)
+
+
+class MemoryEndsAfter(TorchDispatchMode):
+    """Lets so many operations through and then says that the device is full."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.operations > self._most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return func(*args, **(kwargs or {}))
 
 
 def test_nothing_is_read_back_from_the_device_between_steps(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from app.engine.flux import PARAMETERS as FLUX_PARAMETERS
-from app.engine.flux import WITHOUT_EFFECT, FluxFamily
+from app.engine.costs import rows_of
+from app.engine.flux import FluxFamily
+from app.engine.flux_requests import PARAMETERS as FLUX_PARAMETERS
+from app.engine.flux_requests import WITHOUT_EFFECT
 from app.errors import InvalidRequest
 from app.generation import PARAMETERS, GenerateRequest, Pixels, check_combinations
 from tests.tiny_flux import make_flux
@@ -177,6 +179,15 @@ def test_a_request_without_surprises_has_no_warnings(dev: FluxFamily, schnell: F
         GenerateRequest(prompt="p", negative_prompt=""),
     ):
         assert dev.warnings(dev.resolve(request)) == schnell.warnings(schnell.resolve(request)) == ()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"true_cfg_scale": 3.0}, {"negative_prompt": "x"}, {"true_cfg_scale": 3.0, "negative_prompt": ""}],
+)
+def test_the_queue_expects_as_many_rows_as_come(dev: FluxFamily, parameters: dict[str, Any]) -> None:
+    request = dev.resolve(GenerateRequest(prompt="p", seed=1, **parameters))
+    assert rows_of(request) == dev.rows(dev.begin(request, dev.encode(request)))
 
 
 def test_many_threads_may_resolve_while_the_device_thread_encodes(dev: FluxFamily) -> None:
