@@ -92,6 +92,9 @@ class Overloaded(Unavailable):
 class ShuttingDown(Unavailable):
     code = "shutting_down"
 
+    def __init__(self, message: str = "The server is shutting down and takes no more requests.") -> None:
+        super().__init__(message)
+
 
 class GenerationFailed(RuntimeFault):
     code = "generation_failed"

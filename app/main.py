@@ -14,13 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Response
 
+from app import surroundings
 from app.api import documentation, edge, oip, v1
+from app.api.server import Connection, Server
 from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
@@ -85,13 +88,16 @@ def create_app(
         elif on_failure is not None:
             on_failure(error)
 
+    def stop(grace: float) -> None:
+        telemetry.ready.set(0)
+        repository.close(grace)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         batcher.ready.add_done_callback(loaded)
         batcher.start()
         yield
-        telemetry.ready.set(0)
-        await asyncio.to_thread(model.close, settings.grace_period)
+        await asyncio.to_thread(stop, settings.grace_period)
 
     version = _version()
     app = FastAPI(
@@ -104,6 +110,7 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
     )
+    app.state.stop, app.state.hurry = stop, repository.hurry  # for a server that goes on answering meanwhile
     edge.install_error_handlers(app)
     serving = Serving(repository, telemetry, settings)
     app.include_router(oip.router(serving, version))
@@ -129,8 +136,10 @@ def _warn_of_small_limits(model: Model) -> None:
 
 
 def _load_family(settings: Settings, report: Callable[[str], None]) -> Family[Any]:
+    from app.engine.mount import wait_for_mount
     from app.engine.weights import load_family
 
+    wait_for_mount(settings, report)
     family = load_family(settings, report)
     report("warming up" if settings.warm_up else "")
     return family
@@ -153,13 +162,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 after a shutdown that was asked for, 1 when the model cannot be loaded, 2 for wrong settings,
         3 when the device is lost and only a new process can use it.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    surroundings.prepare()
+    settings: Settings | None = None
     try:
-        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
+        settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
         server, failures = _make_server(settings)
         listener = _listen(settings)
     except InvalidSettings as error:
-        print(f"sdxl-runtime: {error}", file=sys.stderr)
+        surroundings.tell(str(error), settings.termination_log if settings else _usual_termination_log())
         return 2
     code = _serve(settings, server, listener, failures)
     if code == DEVICE_LOST or any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
@@ -168,6 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def _usual_termination_log() -> Path:
+    """Where last words go while no settings are read."""
+    return Path(os.environ.get("TERMINATION_LOG") or Settings().termination_log or os.devnull)
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -192,19 +209,18 @@ def _make_server(settings: Settings) -> tuple[uvicorn.Server, list[BaseException
         failures.append(error)
         server.should_exit = True
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(settings, on_failure=stop),
-            http=functools.partial(edge.Connection, header_timeout=settings.body_timeout),  # type: ignore[arg-type]
-            ws="none",
-            log_config=None,
-            access_log=False,
-            loop=settings.event_loop,
-            server_header=False,
-            timeout_keep_alive=settings.timeout_keep_alive,
-            timeout_graceful_shutdown=max(1, round(settings.grace_period)),
-        )
+    app = create_app(settings, on_failure=stop)
+    config = uvicorn.Config(
+        app,
+        http=functools.partial(Connection, header_timeout=settings.body_timeout),  # type: ignore[arg-type]
+        ws="none",
+        log_config=None,
+        access_log=False,
+        loop=settings.event_loop,
+        server_header=False,
+        timeout_keep_alive=settings.timeout_keep_alive,
     )
+    server = Server(config, app.state.stop, app.state.hurry, settings.grace_period)
     return server, failures
 
 
@@ -214,7 +230,7 @@ def _serve(
     def stop(_signal: int, _frame: FrameType | None) -> None:
         server.should_exit = True
 
-    # Until uvicorn runs, and when it raises the signal again afterwards: a shutdown that was asked for is a success.
+    # Until the server runs and has handlers of its own, and after it has ended.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     for name in settings.ignored():
@@ -225,9 +241,9 @@ def _serve(
     if not failures:
         return 0
     if isinstance(failures[0], DeviceLost):
-        print(f"sdxl-runtime: {failures[0]}", file=sys.stderr)
+        surroundings.tell(str(failures[0]), settings.termination_log)
         return DEVICE_LOST
     if not isinstance(failures[0], StartupError):
         logger.critical("the model could not be loaded", exc_info=failures[0])
-    print(f"sdxl-runtime: {failures[0]}", file=sys.stderr)
+    surroundings.tell(str(failures[0]), settings.termination_log)
     return 1

@@ -61,6 +61,12 @@ class Settings(BaseModel):
         description="NAME=PATH or NAME=PATH:SCALE of a LoRA adapter that requests may name; repeatable, or separated "
         "by commas. SCALE multiplies what a request asks for.",
     )
+    mount_timeout: float | None = Field(
+        None,
+        ge=0,
+        description="Seconds to wait for folders and files that are not there yet, because they are mounted late; "
+        "unless given, 60 for /mnt/models and what is in it, and 0 for all else.",
+    )
     huggingface_token: SecretStr | None = Field(
         None, description="Token for downloads from the Hugging Face hub; HF_TOKEN is read too."
     )
@@ -139,7 +145,15 @@ class Settings(BaseModel):
         None, description="Key that callers send as 'Authorization: Bearer KEY'; health stays open. None: no key."
     )
     enable_docs_url: bool = Field(True, description="Serve Swagger UI at /docs and the document at /openapi.json.")
-    grace_period: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
+    grace_period: float = Field(
+        30.0,
+        ge=0,
+        description="Seconds from the signal to the end of the server; accepted requests get all but the last one.",
+    )
+    termination_log: Path | None = Field(
+        Path("/dev/termination-log"),
+        description="File that gets the reason when the server cannot run, if the file exists; Kubernetes shows it.",
+    )
     timeout_keep_alive: int = Field(65, ge=1, description="Seconds that an idle connection stays open.")
 
     # Logs
@@ -309,7 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sdxl-runtime",
         description="Serve Stable Diffusion XL over the Open Inference Protocol v2.",
         epilog="Each flag is also an environment variable in capitals and a key of the .env file; hyphens may stand "
-        "for underscores.",
+        "for underscores. 'sdxl-runtime health' asks a running server how it is.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -24,7 +24,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app import errors
 from app.engine.batcher import Ticket
@@ -154,6 +153,7 @@ class Edge:
 
         started = time.monotonic()
         status = size = 0
+        fault: RuntimeFault
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, size
@@ -167,7 +167,12 @@ class Edge:
             if self._api_key is None or path in OPEN_PATHS or self._authorized(headers):
                 await self._app(scope, receive, send_with_id)
             else:
-                fault: RuntimeFault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
+                fault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
+                await error_response(fault)(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # A server that ends has waited long enough. What is half out stays so; uvicorn breaks the connection.
+            if not status:
+                fault = errors.ShuttingDown("The server shut down before the request was done.")
                 await error_response(fault)(scope, receive, send_with_id)
         except Exception:
             logger.exception("a request failed for a reason that nobody foresaw")
@@ -276,45 +281,6 @@ def once(request: Request, body: bytes) -> Once | None:
     path = request.scope["path"].rstrip("/")
     header = request.headers.get(JSON_LENGTH, "")
     return Once(key, hashlib.sha256(f"{path}\0{header}\0".encode() + body).digest())
-
-
-class Connection(H11Protocol):
-    """uvicorn's connection, closed when a request's headers do not arrive in time.
-
-    uvicorn itself waits forever for the rest of a line. This parser, unlike httptools, bounds the headers' size.
-
-    Args:
-        header_timeout: seconds from connecting, or from a request's first byte, to the end of its headers.
-        uvicorn: what uvicorn gives its connections.
-    """
-
-    def __init__(self, *, header_timeout: float, **uvicorn: Any) -> None:
-        super().__init__(**uvicorn)
-        self._header_timeout = header_timeout
-        self._timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
-        super().connection_lost(exc)
-
-    def _watch(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._unwatch()  # the headers are here
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self._header_timeout, self.transport.close)
-
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 # --- Waiting ---------------------------------------------------------------------------------------------------

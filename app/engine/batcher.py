@@ -23,7 +23,7 @@ from app.engine.idempotency import Once
 from app.engine.queue import Queue, RequestStatus
 from app.engine.ticket import Listener, Ticket
 from app.engine.worker import Worker
-from app.errors import Cancelled, DeviceLost, GenerationFailed, RuntimeFault
+from app.errors import DeviceLost, GenerationFailed, RuntimeFault, ShuttingDown
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
 from app.telemetry import Telemetry
 
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 Load = Callable[[], Family[Any]]
 DEVICE_THREAD = "device"
+JOIN_SECONDS = 0.5
+"""For a device's thread to see that it is over; in the middle of a step it cannot."""
 TICK = 0.25
 """Seconds between two looks at deadlines and at devices that may hang."""
 
@@ -108,6 +110,7 @@ class Batcher:
         for worker in self.workers:
             worker.peers = [peer for peer in self.workers if peer is not worker]
         self._loaded = 0
+        self._hurried = False
         self._threads = [
             threading.Thread(target=self._main, args=(worker,), name=DEVICE_THREAD, daemon=True)
             for worker in self.workers
@@ -159,18 +162,24 @@ class Batcher:
         return self.queue.cancel(request_id)
 
     def close(self, grace: float) -> None:
-        """Take no more requests, wait `grace` seconds for the accepted ones, cancel the rest and end the threads."""
-        deadline = time.monotonic() + grace
+        """Take no more requests, wait `grace` seconds for the accepted ones, end the rest and then the threads."""
         with self.queue.condition:
             self.queue.closing = True
             self.queue.condition.notify_all()
-            self.queue.condition.wait_for(lambda: not self.queue.tickets or not self.alive, grace)
-        self.queue.end_all(Cancelled("The server is shutting down."))
+            self.queue.condition.wait_for(lambda: self._hurried or not self.queue.tickets or not self.alive, grace)
+        self.queue.end_all(ShuttingDown("The server shut down before the request was done."))
         if self.ready.done():  # a thread that still loads cannot be told to stop
+            deadline = time.monotonic() + JOIN_SECONDS
             for thread in self._threads:
-                thread.join(max(5.0, deadline - time.monotonic()))
+                thread.join(max(0.0, deadline - time.monotonic()))
         self._stopped.set()
         self._encoders.close()
+
+    def hurry(self) -> None:
+        """Have `close` wait no longer, also one that is yet to come."""
+        with self.queue.condition:
+            self._hurried = True
+            self.queue.condition.notify_all()
 
     # --- The devices' threads ----------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ class Queue:
         if self.broken:
             raise ModelNotReady(self.broken)
         if self.closing:
-            raise ShuttingDown("The server is shutting down and takes no more requests.")
+            raise ShuttingDown
 
     def _join(self, once: Once, now: float) -> Ticket | None:
         try:

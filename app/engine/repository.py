@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
 from app.engine.idempotency import Once
 from app.engine.queue import RequestStatus
-from app.errors import ModelNotFound, ModelNotReady
+from app.errors import ModelNotFound, ModelNotReady, ShuttingDown
 from app.generation import (
     DEFAULT_PRIORITY,
     GenerateRequest,
@@ -61,16 +62,21 @@ class Model:
         """What loading is at, such as ``reading unet (1.2 of 5.1 GB)``; set by whoever loads."""
 
     def close(self, grace: float) -> None:
-        """Take no more requests and end the device thread; see `Batcher.close`."""
-        self._closing = True
-        self._batcher.close(grace)
+        """Take no more requests and end the device thread; see `Batcher.close`. A second call does nothing."""
+        if not self._closing:
+            self._closing = True
+            self._batcher.close(grace)
+
+    def hurry(self) -> None:
+        """Have `close` wait no longer."""
+        self._batcher.hurry()
 
     @property
     def state(self) -> State:
-        if not self._batcher.ready.done():
-            return State.LOADING
         if self._closing:
             return State.STOPPING
+        if not self._batcher.ready.done():
+            return State.LOADING
         if self._batcher.ready.exception() is not None or not self._batcher.alive:
             return State.FAILED
         return State.READY
@@ -92,6 +98,13 @@ class Model:
         return not self._batcher.ready.done() or self._batcher.alive or self._closing
 
     def require_ready(self) -> None:
+        """
+        Raises:
+            ModelNotReady: loading, or it could not be loaded.
+            ShuttingDown: it takes no more requests.
+        """
+        if self.state is State.STOPPING:
+            raise ShuttingDown
         if self.state is not State.READY:
             raise ModelNotReady(f"The model {self.name} is {self.condition}; try again when it is ready.")
 
@@ -209,6 +222,17 @@ class Repository:
         if version is not None and version != model.version:
             raise ModelNotFound(f"The model {model.name} has no version {describe(version)}; it has {model.version}.")
         return model
+
+    def close(self, grace: float) -> None:
+        """Close every model within `grace` seconds."""
+        deadline = time.monotonic() + grace
+        for model in self:
+            model.close(max(0.0, deadline - time.monotonic()))
+
+    def hurry(self) -> None:
+        """Have `close` wait no longer."""
+        for model in self:
+            model.hurry()
 
     @property
     def live(self) -> bool:

@@ -81,7 +81,7 @@ async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch
         return Instant()
 
     monkeypatch.setattr("app.engine.weights.load_family", load_family)
-    async with running(None, until_ready=False) as client:
+    async with running(None, until_ready=False, model_id="demo") as client:
         await asyncio.to_thread(reported.wait, 30)
         ready = await client.get("/v2/models/m/ready")
         assert ready.status_code == 503

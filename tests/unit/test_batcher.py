@@ -288,13 +288,18 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(harness: Callable[
     assert not each.batcher.alive
 
 
-def test_closing_cancels_what_does_not_finish_in_time(harness: Callable[..., Harness]) -> None:
+@pytest.mark.parametrize("grace", [0.05, 3600.0], ids=["in time", "before somebody is in a hurry"])
+def test_closing_ends_what_does_not_finish(grace: float, harness: Callable[..., Harness]) -> None:
     each = harness(Slow())
     ticket = each.submit(num_inference_steps=100_000)
-    each.batcher.close(0.05)
-    with pytest.raises(Cancelled):
+    closer = threading.Thread(target=each.batcher.close, args=(grace,))
+    closer.start()
+    if grace > 1:
+        each.batcher.hurry()
+    with pytest.raises(ShuttingDown, match="shut down before the request was done"):
         ticket.future.result(WAIT)
-    assert not each.batcher.alive
+    closer.join(WAIT)
+    eventually(lambda: not each.batcher.alive)
 
 
 def test_a_model_that_cannot_be_loaded_says_why() -> None:

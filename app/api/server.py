@@ -1,0 +1,125 @@
+"""The HTTP server: uvicorn with bounded headers, and with an end at which nobody finds a closed door.
+
+Knows no routes and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from socket import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+logger = logging.getLogger(__name__)
+
+LAST_SECONDS = 1.0
+"""Of the grace period, kept for the answers of requests that were not done in time, and for the end itself."""
+TICK = 0.05
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that it goes on answering while accepted requests are finished.
+
+    uvicorn closes its listeners as soon as it is told to end, so that probes and new requests find nobody. Here they
+    are answered until the last accepted request is done: not ready, and 503. A second signal ends that at once.
+
+    Args:
+        config: uvicorn's.
+        stop: takes no more requests and returns when all accepted ones are over, after the given seconds at the
+            latest; called on a thread of its own.
+        hurry: makes `stop` return.
+        grace_period: seconds from the signal to the end.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        stop: Callable[[float], None],
+        hurry: Callable[[], None],
+        grace_period: float,
+    ) -> None:
+        super().__init__(config)
+        self._stop = stop
+        self._hurry = hurry
+        self._grace_period = grace_period
+        self._in_a_hurry = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        del sig, frame
+        self._in_a_hurry = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        deadline = time.monotonic() + self._grace_period
+        patience = max(self._grace_period - LAST_SECONDS, self._grace_period / 2)
+        logger.info("shutting down: accepted requests have %.1f seconds", patience)
+        stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, patience))
+        while not stopping.done():
+            if self._in_a_hurry:
+                self._hurry()
+            await self.on_tick(0)  # keeps the Date header true
+            await asyncio.wait([stopping], timeout=TICK)
+        stopping.result()
+
+        closing = asyncio.ensure_future(super().shutdown(sockets))
+        await asyncio.wait([closing], timeout=TICK)
+        while not closing.done():
+            if self._in_a_hurry or time.monotonic() > deadline:
+                await self._break_off()
+            await asyncio.wait([closing], timeout=TICK)
+        closing.result()
+
+    async def _break_off(self) -> None:
+        """End what still runs, such as a body that does not arrive, and connections whose client does not read."""
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_SECONDS / 4)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, closed when a request's headers do not arrive in time.
+
+    uvicorn itself waits forever for the rest of a line. This parser, unlike httptools, bounds the headers' size.
+
+    Args:
+        header_timeout: seconds from connecting, or from a request's first byte, to the end of its headers.
+        uvicorn: what uvicorn gives its connections.
+    """
+
+    def __init__(self, *, header_timeout: float, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._header_timeout = header_timeout
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()  # the headers are here
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self._header_timeout, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,0 +1,89 @@
+"""``sdxl-runtime health``: asks the server on this machine how it is, in a moment, for a container's health check.
+
+Imports next to nothing, and does not read the settings as the server does: those imports take a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import sys
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+DEFAULT_PORT = "8080"
+SECONDS = 5.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Ask, print one sentence, and return 0 if the answer is yes, 1 if it is no or there is none."""
+    parser = argparse.ArgumentParser(
+        prog="sdxl-runtime health",
+        description="Ask a running server how it is: exit code 0 when it is, 1 when it is not.",
+        allow_abbrev=False,
+    )
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument("--ready", action="store_true", help="is every model ready? (asked unless told otherwise)")
+    question.add_argument("--live", action="store_true", help="is the server alive?")
+    parser.add_argument("--http_port", "--http-port", metavar="N", help="port of the server (default: as it reads it)")
+    parser.add_argument("--url", help="address of the server (default: http://127.0.0.1:PORT)")
+    options = parser.parse_args(arguments)
+    asked = "live" if options.live else "ready"
+    well, sentence = ask(options.url or local_url(options.http_port, os.environ, Path(".env")), asked)
+    print(sentence, file=sys.stdout if well else sys.stderr)
+    return 0 if well else 1
+
+
+def local_url(port: str | None, environment: Mapping[str, str], env_file: Path) -> str:
+    """Where the server on this machine listens, by the same environment and ``.env`` file that it reads."""
+    return f"http://{_host(_setting('HOST', environment, env_file))}:" + (
+        port or _setting("HTTP_PORT", environment, env_file) or DEFAULT_PORT
+    )
+
+
+def _host(listens_on: str | None) -> str:
+    if listens_on in (None, "", "0.0.0.0"):  # noqa: S104
+        return "127.0.0.1"
+    if listens_on == "::":
+        return "[::1]"
+    return f"[{listens_on}]" if ":" in listens_on else listens_on
+
+
+def _setting(name: str, environment: Mapping[str, str], env_file: Path) -> str | None:
+    value = environment.get(name)
+    if value is None and env_file.is_file():
+        from dotenv import dotenv_values
+
+        value = dotenv_values(env_file, interpolate=False).get(name)
+    # As the settings have it: a Service's address is not meant for us.
+    return None if value is None or value.startswith("tcp://") else value.strip()
+
+
+def ask(url: str, asked: str) -> tuple[bool, str]:
+    """Whether the server is ``live`` or ``ready``, and a sentence about it."""
+    parts = urllib.parse.urlsplit(url)
+    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+    if parts.scheme not in kinds or not parts.hostname:
+        return False, f"{url} is no address such as http://127.0.0.1:8080."
+    try:
+        # Not by urllib, which would ask a proxy where the environment names one.
+        connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=SECONDS)
+        connection.request("GET", f"{parts.path.rstrip('/')}/v2/health/{asked}", headers={"Connection": "close"})
+        answer = connection.getresponse()
+        content = answer.read(100_000)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        return False, f"The server at {url} does not answer ({reason or type(error).__name__})."
+    if answer.status == http.HTTPStatus.OK:
+        return True, f"The server at {url} is {asked}."
+    return False, f"The server at {url} is not {asked}: {_reason(answer.status, content)}"
+
+
+def _reason(status: int, content: bytes) -> str:
+    try:
+        return str(json.loads(content)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"status {status}."

@@ -1,0 +1,42 @@
+"""Where ``sdxl-runtime health`` looks for the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.health import ask, local_url
+
+
+@pytest.mark.parametrize(
+    ("port", "environment", "env_file", "url"),
+    [
+        (None, {}, "", "http://127.0.0.1:8080"),
+        (None, {"HTTP_PORT": "9000"}, "HTTP_PORT=9001", "http://127.0.0.1:9000"),
+        (None, {}, "export HTTP_PORT='9001'\nHOST=0.0.0.0", "http://127.0.0.1:9001"),
+        ("9002", {"HTTP_PORT": "9000"}, "", "http://127.0.0.1:9002"),
+        (None, {"HTTP_PORT": "tcp://10.0.0.1:80"}, "", "http://127.0.0.1:8080"),
+        (None, {"HOST": "10.0.0.7"}, "", "http://10.0.0.7:8080"),
+        (None, {"HOST": "::"}, "", "http://[::1]:8080"),
+        (None, {"HOST": "fd00::7"}, "", "http://[fd00::7]:8080"),
+    ],
+)
+def test_it_asks_where_the_server_listens(
+    port: str | None, environment: dict[str, str], env_file: str, url: str, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text(env_file)
+    assert local_url(port, environment, tmp_path / ".env") == url
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8080", "file:///etc/passwd", "http://", "http://127.0.0.1:99999"])
+def test_what_is_no_address_is_told_so(url: str) -> None:
+    well, sentence = ask(url, "ready")
+    assert not well and url in sentence and sentence.endswith(".")
+
+
+def test_nobody_there_is_told_so() -> None:
+    assert ask("http://127.0.0.1:1", "live") == (
+        False,
+        "The server at http://127.0.0.1:1 does not answer (Connection refused).",
+    )
