@@ -20,7 +20,7 @@ from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
 from app.engine.device import Pace, on_device
 from app.engine.family import Family
-from app.engine.flow_schedulers import FlowSchedulers, first_step
+from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
 from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
 from app.engine.flux_requests import FluxRequests
 from app.engine.vae import Vae
@@ -51,6 +51,9 @@ class FluxFamily(Family[FluxJob]):
         self._schedulers = FlowSchedulers(pipeline.scheduler)
         self._requests = FluxRequests(pipeline, self._schedulers, adapters.names if adapters else ())
         self.parameters = self._requests.parameters
+        self.size_step = self._factor
+        self.schedulers = tuple(NAMES)
+        self.adapters = tuple(adapters.names) if adapters else ()
         self._embeddings: collections.OrderedDict[Prompt, Embedding] = collections.OrderedDict()
 
     # --- resolve -----------------------------------------------------------------------------------------------
