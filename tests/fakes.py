@@ -184,3 +184,150 @@ class OnlyInpaints(Strict):
         if request.mask_image is None:
             raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
         return super().resolve(request)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(Instant):
+    """Takes time on a fake clock: `fixed` seconds for a pass and `per_row` for each row, and `decoding` for a picture.
+
+    With guidance a picture has two rows.
+    """
+
+    fixed, per_row, decoding = 1.0, 0.1, 0.5
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.decodes: list[list[int]] = []
+
+    def rows(self, job: FakeJob) -> int:
+        return 2 if (job.request.guidance_scale or 0) > 1 else 1
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self.clock.now += self.fixed + self.per_row * sum(map(self.rows, jobs))
+        super().step(jobs)
+
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
+        self.clock.now += self.decoding * len(jobs)
+        self.decodes.append([job.request.seed or 0 for job in jobs])
+        return super().decode(jobs, tiled)
+
+
+class WholeJobs(Timed):
+    """Moves weights between its stages, and notes the stages in their order."""
+
+    interleaves = False
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.stages: list[str] = []
+
+    def encode(self, request: GenerateRequest) -> int:
+        self.stages.append("encode")
+        return super().encode(request)
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self.stages.append(f"step {self.signature(jobs[0])}")
+        super().step(jobs)
+
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
+        self.stages.append("decode")
+        return super().decode(jobs, tiled)
+
+
+class Cramped(Instant):
+    """Has room for so many pixels in each stage; tiles need a quarter."""
+
+    def __init__(self, **room: float) -> None:
+        super().__init__()
+        self.room = room
+        self.tried: list[tuple[str, int]] = []
+        self.tiled: list[int] = []
+
+    def _fit(self, stage: str, pixels: float) -> None:
+        self.tried.append((stage, int(pixels)))
+        if pixels > self.room.get(stage, float("inf")):
+            raise OutOfMemory("The device has too little memory for this request.")
+
+    @staticmethod
+    def _pixels(requests: Sequence[GenerateRequest]) -> int:
+        return sum((request.height or 0) * (request.width or 0) for request in requests)
+
+    def encode_all(self, requests: Sequence[GenerateRequest]) -> list[int]:
+        self._fit("encode", self._pixels(requests))
+        return super().encode_all(requests)
+
+    def begin(self, request: GenerateRequest, conditioning: int) -> FakeJob:
+        self._fit("begin", self._pixels([request]))
+        return super().begin(request, conditioning)
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self._fit("step", self._pixels([job.request for job in jobs]))
+        super().step(jobs)
+
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
+        self._fit("decode", self._pixels([job.request for job in jobs]) / (4 if tiled else 1))
+        if tiled:
+            self.tiled += [job.request.seed or 0 for job in jobs]
+        return super().decode(jobs, tiled)
+
+
+class StopsHalfway(Instant):
+    """Runs out of memory in every pass of several, after the first of its jobs has taken the step."""
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        super().step(jobs[:1])
+        if len(jobs) > 1:
+            raise OutOfMemory("The device has too little memory for this request.")
+
+
+class LosesTheDevice(Instant):
+    """Fails as CUDA does once a context is beyond repair."""
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA`")
+
+
+class Hangs(Instant):
+    """Never comes back from a step, until the test lets it go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hanging = threading.Event()
+        self.go = threading.Event()
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self.hanging.set()
+        self.go.wait(60)
+        super().step(jobs)
+
+
+class Previews(Instant):
+    """Shows what it has so far: grey from the latents."""
+
+    def preview(self, job: FakeJob) -> np.ndarray | None:
+        return np.full((2, 2, 3), 128, np.uint8)
+
+
+class CannotPreview(Instant):
+    """Breaks when it is asked for a preview."""
+
+    def preview(self, job: FakeJob) -> np.ndarray | None:
+        raise RuntimeError("preview broke")
+
+
+class DecodesTwice(Instant):
+    """Needs a second try for every picture."""
+
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
+        self.decode_retries += len(jobs)
+        return super().decode(jobs, tiled)

@@ -3,70 +3,114 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
-from app.engine.costs import Costs, Drain
-from app.engine.ticket import Ticket
+from app.engine.costs import Costs
+from app.engine.ticket import Image, Stage, Ticket
 from app.errors import DeadlineExceeded, Overloaded
 
 LONGEST_WAIT = 600
 """Seconds that nobody is told to wait longer than."""
+CAUTION = 1.25
+"""How much longer than estimated it may take before a deadline is missed."""
 
 
-def in_order(tickets: Iterable[Ticket]) -> list[Ticket]:
-    """Most urgent first."""
-    return sorted(tickets, key=lambda ticket: (ticket.due, ticket.number))
+def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> dict[Ticket, float]:
+    """The seconds until each ticket is likely to be done, most urgent first: the policy, played forward.
 
-
-def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> Iterator[tuple[Ticket, float]]:
-    """Each ticket, most urgent first, with the seconds until it is likely to be done."""
-    drain = Drain(costs)
-    for ticket in in_order(tickets):
+    Who has the size of the most urgent image shares its passes, until one of them is done; then the next ones join.
+    """
+    ordered = sorted(tickets, key=lambda ticket: (ticket.due, ticket.number))
+    clock = 0.0
+    done = dict.fromkeys(ordered, 0.0)
+    groups: dict[int, list[_Left]] = {}
+    for rank, ticket in enumerate(ordered):
         for image in ticket.images:
-            drain.add(image)
-        yield ticket, drain.seconds / devices
+            if image.remaining:
+                groups.setdefault(image.size, []).append(_Left(rank, image, image.remaining, costs.rows(image)))
+            elif not image.pixels:
+                clock += costs.decode(image.size)
+    while groups:
+        size = min(groups, key=lambda each: groups[each][0].rank)
+        batch = _fill(groups[size], size, costs)
+        passes = min(left.steps for left in batch)
+        clock += passes * costs.step(size, sum(left.rows for left in batch))
+        clock += costs.encode() * sum(left.image.stage is Stage.WAITING and not left.begun for left in batch)
+        for left in batch:
+            left.steps -= passes
+            left.begun = True
+        finished = [left for left in batch if not left.steps]
+        clock += costs.decode(size * len(finished))
+        for left in finished:
+            done[ordered[left.rank]] = clock / devices
+        groups[size] = [left for left in groups[size] if left.steps]
+        if not groups[size]:
+            del groups[size]
+    return done
 
 
-def places(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> Iterator[tuple[Ticket, int, float | None]]:
+@dataclass(slots=True)
+class _Left:
+    """What is left to do for one image."""
+
+    rank: int
+    image: Image
+    steps: int
+    rows: int
+    begun: bool = False
+
+
+def _fill(candidates: Sequence[_Left], size: int, costs: Costs) -> list[_Left]:
+    most = min(costs.most_rows, costs.most_load / max(size, 1))
+    batch: list[_Left] = []
+    rows = 0
+    for left in candidates:
+        if batch and rows + left.rows > most:
+            if rows + 1 > most:
+                break
+            continue
+        batch.append(left)
+        rows += left.rows
+    return batch
+
+
+def places(forecast: Mapping[Ticket, float]) -> Iterator[tuple[Ticket, int, float]]:
     """Each waiting ticket with its place in the queue, from 1 on, and the seconds until it is likely to be done."""
     place = 0
-    for ticket, seconds in schedule(tickets, costs, devices):
+    for ticket, seconds in forecast.items():
         if ticket.waiting:
             place += 1
-            yield ticket, place, seconds if costs.measured else None
+            yield ticket, place, seconds
 
 
 def remaining(ticket: Ticket, costs: Costs) -> float | None:
     """Seconds until a ticket that has begun is likely to be done, by its own pace."""
     steps = sum(image.remaining for image in ticket.images)
     if steps and not ticket.pace:
-        return costs.alone(ticket.images) if costs.measured else None
-    return ticket.pace * steps + costs.after_steps(ticket.images)
+        return schedule([ticket], costs)[ticket] if costs.measured else None
+    return ticket.pace * steps + sum(costs.decode(image.size) for image in ticket.images if not image.pixels)
 
 
-def check_places(new: Ticket, tickets: Iterable[Ticket], most: int, costs: Costs, devices: int) -> None:
+def check_places(new: Ticket, forecast: Mapping[Ticket, float], most: int) -> None:
     """Refuse more images than there are places.
 
     Raises:
-        Overloaded: with the seconds until as many as are missing have left, most urgent first.
+        Overloaded: with the seconds until as many as are missing have left.
     """
-    tickets = list(tickets)
-    taken = sum(len(ticket.images) for ticket in tickets)
+    taken = sum(len(ticket.images) for ticket in forecast)
     missing = taken + len(new.images) - most
     if missing <= 0:
         return
-    wait = 0.0
-    for ticket, seconds in schedule(tickets, costs, devices):
-        wait = seconds
+    for ticket, wait in sorted(forecast.items(), key=lambda each: each[1]):
         missing -= len(ticket.images)
         if missing <= 0:
-            break
-    _refuse(f"The queue is full ({taken} of {most} images)", wait)
+            _refuse(f"The queue is full ({taken} of {most} images)", wait)
 
 
 def check_seconds(
-    new: Ticket, tickets: Iterable[Ticket], most: float, costs: Costs, devices: int, now: float, alone: float
+    new: Ticket, forecast: Mapping[Ticket, float], most: float, costs: Costs, devices: int, now: float, alone: float
 ) -> None:
     """Refuse what would be late, would make others late, or would make the queue too long.
 
@@ -74,7 +118,7 @@ def check_seconds(
 
     Args:
         new: who wants in.
-        tickets: who is in.
+        forecast: who is in, and when they are likely to be done.
         most: seconds of work in the queue.
         costs: what is known of seconds.
         devices: that share the work.
@@ -85,8 +129,7 @@ def check_seconds(
         Overloaded: with the seconds until it would fit.
         DeadlineExceeded: its deadline is too short even without company.
     """
-    tickets = list(tickets)
-    if not tickets or not costs.measured:
+    if not forecast or not costs.measured:
         return
     timeout = new.deadline - now
     if alone > timeout:
@@ -94,14 +137,15 @@ def check_seconds(
             f"The request takes about {alone:.1f} seconds, but its deadline is after {timeout:.1f}; allow more time or "
             "ask for fewer steps or images."
         )
-    without = dict(schedule(tickets, costs, devices))
-    total = 0.0
-    for ticket, total in schedule([*tickets, new], costs, devices):
-        late = now + total - ticket.deadline
-        if late > 0 and ticket is new:
-            _refuse("The queue is too long for the request to meet its deadline", late)
-        if late > 0 and now + without[ticket] <= ticket.deadline:
+    with_new = schedule([*forecast, new], costs, devices)
+    late = now + with_new[new] * CAUTION - new.deadline
+    if late > 0:
+        _refuse("The queue is too long for the request to meet its deadline", late)
+    for ticket, before in forecast.items():
+        late = now + with_new[ticket] * (1 + (CAUTION - 1) / 2) - ticket.deadline
+        if late > 0 and with_new[ticket] > before and now + before <= ticket.deadline:
             _refuse("The request would keep another one from meeting its deadline", late)
+    total = max(with_new.values())
     if total > most:
         _refuse(f"The queue is full (about {total:.0f} of {most:.0f} seconds of work)", total - most)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from app.engine.costs import Costs
 from app.engine.faults import as_fault
-from app.engine.memory import Budget
+from app.engine.memory import Budget, advice
 from app.engine.ticket import Image
 from app.errors import DeviceLost, OutOfMemory, RuntimeFault
 from app.telemetry import Telemetry
@@ -41,7 +41,6 @@ class Attempts:
     Args:
         costs: what is measured here.
         telemetry: where counts and seconds go.
-        rows: that an image with a job brings to a pass.
         most_load: pixels times rows of one forward pass.
         step_timeout: seconds beyond what is usual after which the device counts as hung.
         clock: seconds that only grow.
@@ -56,18 +55,17 @@ class Attempts:
         self,
         costs: Costs,
         telemetry: Telemetry,
-        rows: Callable[[Image], int],
         most_load: float,
         step_timeout: float,
         clock: Callable[[], float],
     ) -> None:
         self._costs = costs
         self._telemetry = telemetry
-        self._rows = rows
         self._step_timeout = step_timeout
         self._clock = clock
         self.step_budget = Budget(most_load)
         self.decode_budget = Budget(min(DECODE_LOAD, most_load))
+        self._largest = 0
         self.operation: Operation | None = None
 
     def go(
@@ -95,15 +93,21 @@ class Attempts:
         images = [image for image in images if not image.ticket.over and not done(image)]
         if not images:
             return
-        fault = self.once(stage, images, action)
-        if fault is None:
-            return
+        budget, load = self._budget(stage), self._load(stage, images)
+        fault: RuntimeFault | None = None
+        # What was learned from the first half holds for the second one too.
+        fits = len(images) == 1 or budget is None or load <= budget.now
+        if fits:
+            fault = self.once(stage, images, action)
+            if fault is None:
+                return
         full = isinstance(fault, OutOfMemory)
+        if full and budget is not None:
+            budget.too_small(load)
         if len(images) > 1:
             if full:
                 logger.warning("out of memory in %s with %d images; going on with halves", stage, len(images))
                 self._telemetry.out_of_memory(stage, "split")
-                self._too_much(stage, images)
             middle = (len(images) + 1) // 2
             for part in (images[:middle], images[middle:]):
                 self.go(stage, part, action, done, last)
@@ -115,8 +119,7 @@ class Attempts:
             fault = self.once(stage, images, last or action)
         if isinstance(fault, OutOfMemory):
             self._telemetry.out_of_memory(stage, "refused")
-            self._too_much(stage, images)
-            fault = OutOfMemory(self.step_budget.advice(image))
+            fault = OutOfMemory(advice(image, self._largest))
         if fault is not None:
             image.ticket.fail(fault)
 
@@ -155,20 +158,18 @@ class Attempts:
         self._telemetry.stage(stage, seconds)
         if stage == "denoise_step":
             self._costs.stepped(images, seconds)
-            self._telemetry.passed(len(images), sum(map(self._rows, images)))
-            self.step_budget.fitted(self._load(stage, images))
+            self._telemetry.passed(len(images), sum(map(self._costs.rows, images)))
+            self.step_budget.fitted()
+            self._costs.most_load = self.step_budget.now
         elif stage == "decode":
             self._costs.decoded(images, seconds)
-            self.decode_budget.fitted(self._load(stage, images))
+            self.decode_budget.fitted()
+            self._largest = max(self._largest, *(image.size for image in images), 0)
         elif stage == "text_encode":
             self._costs.encoded(images, seconds)
 
-    def _too_much(self, stage: str, images: Sequence[Image]) -> None:
-        if stage == "denoise_step":
-            self.step_budget.too_small(self._load(stage, images))
-            self._costs.most_load = self.step_budget.now
-        elif stage == "decode":
-            self.decode_budget.too_small(self._load(stage, images))
+    def _budget(self, stage: str) -> Budget | None:
+        return {"denoise_step": self.step_budget, "decode": self.decode_budget}.get(stage)
 
     def _load(self, stage: str, images: Sequence[Image]) -> int:
-        return sum((self._rows(image) if stage == "denoise_step" else 1) * image.size for image in images)
+        return sum((self._costs.rows(image) if stage == "denoise_step" else 1) * image.size for image in images)

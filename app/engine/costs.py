@@ -1,4 +1,4 @@
-"""What a step, a decode and a prompt cost in seconds, as measured on this host, and what a queue of them will cost.
+"""What a step, a decode and a prompt cost in seconds, as measured on this host.
 
 Knows no clock and no thread. The model behind it is one line for each picture size: a forward pass takes a fixed time
 and a time for each row, both fitted to the passes of late.
@@ -7,8 +7,7 @@ and a time for each row, both fitted to the passes of late.
 from __future__ import annotations
 
 import collections
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from app.engine.ticket import Image
@@ -87,7 +86,7 @@ class Costs:
         size = 0
         for image in images:
             size = image.size
-            load += rows_of(image.request) * size
+            load += self.rows(image) * size
         line = self._steps.pop(size, None) or Line()
         line.observe(load, seconds)
         self._steps[size] = line
@@ -114,53 +113,28 @@ class Costs:
 
     # --- Foretelling -------------------------------------------------------------------------------------------
 
-    def of(self, stage: str, images: Iterable[Image]) -> float:
+    def rows(self, image: Image) -> int:
+        """Rows that an image brings to a pass, or is likely to bring once it has begun."""
+        return image.rows or rows_of(image.request)
+
+    def of(self, stage: str, images: Sequence[Image]) -> float:
         """Seconds of one go of `stage` with `images`, which have one size."""
-        images = list(images)
         if stage == "decode":
-            return self._decode(sum(image.size for image in images))
+            return self.decode(sum(image.size for image in images))
         if stage != "denoise_step":
             return self._encode(len(images))
-        return self._line(images[0].size)(sum(rows_of(image.request) * image.size for image in images))
+        return self.step(images[0].size, sum(map(self.rows, images)))
 
-    def _line(self, size: int) -> Line:
+    def step(self, size: int, rows: int) -> float:
+        """Seconds of one forward pass of pictures of so many pixels."""
         if size in self._steps:
-            return self._steps[size]
-        return self._any_step if self.measured else Line(samples=1, load=1.0, seconds=GUESS)
+            return self._steps[size](rows * size)
+        return self._any_step(rows * size) if self.measured else GUESS * rows * size
 
-    def after_steps(self, images: Iterable[Image]) -> float:
-        """Seconds from the last step of `images` to their pixels."""
-        return sum(self._decode(image.size) if self._decode.samples else 0.0 for image in images if not image.pixels)
+    def decode(self, pixels: int) -> float:
+        """Seconds of one decode."""
+        return self._decode(pixels) if self._decode.samples else 0.0
 
-    def alone(self, images: Iterable[Image]) -> float:
-        """Seconds for `images` with the device for themselves."""
-        drain = Drain(self)
-        for image in images:
-            drain.add(image)
-        return drain.seconds
-
-
-class Drain:
-    """Seconds until all images added so far are done, when they share passes as far as they can."""
-
-    def __init__(self, costs: Costs) -> None:
-        self._costs = costs
-        self._groups: dict[int, list[float]] = {}
-        self._rest = 0.0
-
-    def add(self, image: Image) -> None:
-        """Count `image` in, with what it still needs."""
-        longest_total = self._groups.setdefault(image.size, [0, 0.0])
-        longest_total[0] = max(longest_total[0], image.remaining)
-        longest_total[1] += image.remaining * rows_of(image.request) * image.size
-        self._rest += self._costs.after_steps([image])
-
-    @property
-    def seconds(self) -> float:
-        total = self._rest
-        for size, (longest, load) in self._groups.items():
-            line = self._costs._line(size)
-            most = max(min(self._costs.most_rows * size, self._costs.most_load), size)
-            passes = max(longest, math.ceil(load / most))
-            total += line.fixed * passes + line.slope * load
-        return total
+    def encode(self) -> float:
+        """Seconds that one more prompt takes."""
+        return self._encode.slope

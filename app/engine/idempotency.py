@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import math
 from dataclasses import dataclass
 
-from app.engine.ticket import Ticket
+from app.engine.ticket import Image, Ticket
 from app.errors import KeyReused
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -30,7 +32,7 @@ class _Entry:
     fingerprint: bytes
     ticket: Ticket
     size: int = 0
-    until: float = float("inf")
+    until: float = math.inf
 
 
 class Answers:
@@ -39,12 +41,14 @@ class Answers:
     def __init__(self, seconds: float, most_bytes: int = MAX_BYTES) -> None:
         self._seconds = seconds
         self._most_bytes = most_bytes
-        self._entries: dict[str, _Entry] = {}
+        self._open: dict[str, _Entry] = {}
+        self._finished: collections.OrderedDict[str, _Entry] = collections.OrderedDict()
         self._keys: dict[Ticket, str] = {}
         self.size = 0
+        """Bytes of the finished ones."""
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._open) + len(self._finished)
 
     def find(self, once: Once, now: float) -> Ticket | None:
         """The ticket of the same request.
@@ -53,7 +57,7 @@ class Answers:
             KeyReused: the key came with another request.
         """
         self._forget_old(now)
-        entry = self._entries.get(once.key)
+        entry = self._open.get(once.key) or self._finished.get(once.key)
         if entry is None:
             return None
         if entry.fingerprint != once.fingerprint:
@@ -61,33 +65,30 @@ class Answers:
         return entry.ticket
 
     def add(self, once: Once, ticket: Ticket) -> None:
-        self._entries[once.key] = _Entry(once.fingerprint, ticket)
+        self._open[once.key] = _Entry(once.fingerprint, ticket)
         self._keys[ticket] = once.key
 
     def ended(self, ticket: Ticket, well: bool, now: float) -> None:
         """Keep the answer for a while, if it is one."""
-        key = self._keys.get(ticket)
+        key = self._keys.pop(ticket, None)
         if key is None:
             return
-        if not well or self._seconds <= 0:
-            self._drop(key)
-            return
-        entry = self._entries.pop(key)
-        entry.until = now + self._seconds
-        entry.size = sum(len(image.encoded or b"") + len(image.pixels.data if image.pixels else b"") for image in
-                         ticket.images)  # fmt: skip
-        self.size += entry.size
-        self._entries[key] = entry  # behind the others: finished entries stand in the order of their end
+        entry = self._open.pop(key)
+        if well and self._seconds > 0:
+            entry.until = now + self._seconds
+            entry.size = sum(map(_bytes, ticket.images))
+            self.size += entry.size
+            self._finished[key] = entry
         self._forget_old(now)
 
     def _forget_old(self, now: float) -> None:
-        finished = [(key, entry) for key, entry in self._entries.items() if entry.until != float("inf")]
-        for key, entry in finished:
-            if entry.until > now and self.size <= self._most_bytes and len(self._entries) <= MAX_KEYS:
-                break
-            self._drop(key)
+        while self._finished:
+            oldest = next(iter(self._finished.values()))
+            if oldest.until > now and self.size <= self._most_bytes and len(self._finished) <= MAX_KEYS:
+                return
+            self._finished.popitem(last=False)
+            self.size -= oldest.size
 
-    def _drop(self, key: str) -> None:
-        entry = self._entries.pop(key)
-        self.size -= entry.size
-        del self._keys[entry.ticket]
+
+def _bytes(image: Image) -> int:
+    return len(image.encoded or b"") + (len(image.pixels.data) if image.pixels else 0)

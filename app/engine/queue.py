@@ -31,6 +31,10 @@ KEPT_OUTCOMES = 1024
 """Ended requests that can still be asked about."""
 
 
+FORECAST_SECONDS = 0.25
+"""For which a forecast is good."""
+
+
 class RequestState(enum.StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
@@ -97,6 +101,9 @@ class Queue:
         self.answers = Answers(keep_answers)
         self._outcomes: collections.OrderedDict[str, RequestStatus] = collections.OrderedDict()
         self._places_moved = False
+        self._last_forecast: dict[Ticket, float] = {}
+        self._forecast_until = 0.0
+        telemetry.queue_seconds.set_function(self.seconds)
 
     # --- Letting in --------------------------------------------------------------------------------------------
 
@@ -165,10 +172,11 @@ class Queue:
 
     def _accept(self, requests: Sequence[GenerateRequest], timeout: float, priority: int, now: float) -> Ticket:
         ticket = Ticket(requests, now, now + timeout, self)
-        alone = self._costs.alone(ticket.images)
+        alone = admission.schedule([ticket], self._costs)[ticket]
         ticket.due = policy.due(now, alone, timeout, priority)
-        admission.check_places(ticket, self.tickets, self._max_images, self._costs, self._devices)
-        admission.check_seconds(ticket, self.tickets, self._max_seconds, self._costs, self._devices, now, alone)
+        forecast = self._forecast(now)
+        admission.check_places(ticket, forecast, self._max_images)
+        admission.check_seconds(ticket, forecast, self._max_seconds, self._costs, self._devices, now, alone)
         self.tickets[ticket] = None
         self.waiting.extend(ticket.images)
         self._telemetry.pending.inc(len(ticket.images))
@@ -179,12 +187,10 @@ class Queue:
     # --- The device's side -------------------------------------------------------------------------------------
 
     def take(self, may: Callable[[Image], bool]) -> Image | None:
-        """Hand the most urgent waiting image over to a device, if it `may` begin."""
+        """Hand over to a device the most urgent waiting image that `may` begin."""
         with self.condition:
-            if not self.waiting:
-                return None
-            image = min(self.waiting, key=policy.urgency)
-            if not may(image):
+            image = next(filter(may, sorted(self.waiting, key=policy.urgency)), None)
+            if image is None:
                 return None
             self.waiting.remove(image)
             image.stage = Stage.RUNNING
@@ -204,16 +210,18 @@ class Queue:
             if not self._places_moved:
                 return
             self._places_moved = False
-            for ticket, place, seconds in admission.places(self.tickets, self._costs, self._devices):
+            if not any(ticket.listeners for ticket in self.tickets):
+                return
+            for ticket, place, seconds in admission.places(self._forecast(self._clock())):
                 if place != ticket.place and ticket.listeners:
                     ticket.place = place
-                    ticket.tell(ticket.progress(seconds))
+                    ticket.tell(ticket.progress(self._known(seconds)))
 
     def _tell_place(self, ticket: Ticket, listener: Listener) -> None:
-        for other, place, seconds in admission.places(self.tickets, self._costs, self._devices):
+        for other, place, seconds in admission.places(self._forecast(self._clock())):
             if other is ticket:
                 ticket.place = place
-                listener(ticket.progress(seconds))
+                listener(ticket.progress(self._known(seconds)))
 
     def finished(self, image: Image, encoded: bytes, seconds: float) -> None:
         """One image is whole; with the last one its ticket ends."""
@@ -297,7 +305,7 @@ class Queue:
 
     def _work_changed(self) -> None:
         self._places_moved = True
-        self._telemetry.queue_seconds.set(self.seconds() if self._costs.measured else 0.0)
+        self._forecast_until = 0.0
         self.condition.notify_all()
 
     # --- Asking ------------------------------------------------------------------------------------------------
@@ -308,7 +316,9 @@ class Queue:
 
     def seconds(self) -> float:
         """Until all that is accepted is likely to be done."""
-        return max((seconds for _, seconds in admission.schedule(self.tickets, self._costs, self._devices)), default=0)
+        with self.condition:
+            forecast = self._forecast(self._clock())
+            return self._known(max(forecast.values(), default=0.0)) or 0.0
 
     def status(self, request_id: str) -> RequestStatus:
         """How the request is.
@@ -318,11 +328,12 @@ class Queue:
         """
         with self.condition:
             for ticket in self._of(request_id):
-                for other, place, seconds in admission.places(self.tickets, self._costs, self._devices):
+                for other, place, seconds in admission.places(self._forecast(self._clock())):
                     if other is ticket:
-                        return RequestStatus(RequestState.QUEUED, 0, ticket.steps_total, place, seconds)
-                seconds = admission.remaining(ticket, self._costs)
-                return RequestStatus(RequestState.RUNNING, ticket.steps_done, ticket.steps_total, 0, seconds)
+                        left = self._known(seconds)
+                        return RequestStatus(RequestState.QUEUED, 0, ticket.steps_total, place, left)
+                left = admission.remaining(ticket, self._costs)
+                return RequestStatus(RequestState.RUNNING, ticket.steps_done, ticket.steps_total, 0, left)
             if request_id in self._outcomes:
                 return self._outcomes[request_id]
         raise RequestNotFound(
@@ -341,6 +352,17 @@ class Queue:
         for ticket in tickets:
             ticket.cancel()
         return self.status(request_id)
+
+    def _forecast(self, now: float) -> dict[Ticket, float]:
+        """The seconds until each open ticket is likely to be done, most urgent first; made anew when that may differ
+        and once in a while, so that refusing many requests costs little."""
+        if now >= self._forecast_until:
+            self._last_forecast = admission.schedule(self.tickets, self._costs, self._devices)
+            self._forecast_until = now + FORECAST_SECONDS
+        return self._last_forecast
+
+    def _known(self, seconds: float) -> float | None:
+        return seconds if self._costs.measured else None
 
     def _of(self, request_id: str) -> list[Ticket]:
         """The open tickets of that id, the last one first: an id is what a caller sent, and may come twice."""

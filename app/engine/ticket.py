@@ -58,6 +58,7 @@ class Image:
         job: its state on the device, until it is decoded.
         began: when it left the queue.
         total: denoising steps from start to end, once its job has begun.
+        rows: that it brings to a forward pass, once its job has begun.
     """
 
     ticket: Ticket
@@ -69,6 +70,7 @@ class Image:
     began: float = 0.0
     steps_done: int = 0
     total: int = 0
+    rows: int = 0
     pixels: Pixels | None = None
     encoded: bytes | None = None
 

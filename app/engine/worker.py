@@ -12,7 +12,7 @@ import numpy as np
 
 from app.engine import admission, policy
 from app.engine.attempts import Attempts, Operation
-from app.engine.costs import Costs, rows_of
+from app.engine.costs import Costs
 from app.engine.family import Family
 from app.engine.queue import Queue
 from app.engine.ticket import Image, Ticket
@@ -75,7 +75,7 @@ class Worker:
         """Other workers on the same queue."""
         self.running: list[Image] = []
         """Images that have left the queue and have no pixels yet; only this worker's thread changes it."""
-        self._attempts = Attempts(costs, telemetry, self._rows, most_load, step_timeout, clock)
+        self._attempts = Attempts(costs, telemetry, most_load, step_timeout, clock)
         self._turn: Hashable = None
         self._decode_retries = 0
 
@@ -141,7 +141,7 @@ class Worker:
     def _let_join(self) -> None:
         if not self.family.interleaves and self.running:
             return
-        most = JOIN_AT_ONCE if self.running else self._most_rows
+        most = JOIN_AT_ONCE if self.running else len(self._queue.waiting)
         joining: list[Image] = []
         while len(joining) < most:
             image = self._queue.take(self._may_begin)
@@ -155,14 +155,17 @@ class Worker:
         self._forget_over()
 
     def _may_begin(self, image: Image) -> bool:
-        """Whether there is room: for two passes' worth, so that every turn finds company, or for the more urgent."""
+        """Whether there is room for one more: for a whole pass of each size, so that every turn finds company.
+
+        The more urgent may begin in any case; what it takes the turn from waits with its latents.
+        """
         if self._peer_has_less():
             return False
-        denoising = [other for other in self.running if other.remaining]
-        passes = 2 if self.family.interleaves else 1
-        if sum(rows_of(other.request) for other in denoising) < passes * self._most_rows:
+        interleaves = self.family.interleaves
+        same = [other for other in self.running if other.remaining and (other.size == image.size or not interleaves)]
+        if sum(map(self._costs.rows, same)) < self._most_rows:
             return True
-        return self.family.interleaves and policy.urgency(image) < max(map(policy.urgency, denoising))
+        return interleaves and policy.urgency(image) < max(map(policy.urgency, same))
 
     def _peer_has_less(self) -> bool:
         return any(peer.load_left < self.load_left for peer in self.peers)
@@ -170,7 +173,7 @@ class Worker:
     @property
     def load_left(self) -> float:
         """Pixels times rows times steps that it still has to do."""
-        return sum(image.remaining * rows_of(image.request) * image.size for image in list(self.running))
+        return sum(image.remaining * self._costs.rows(image) * image.size for image in list(self.running))
 
     def _encode(self, images: Sequence[Image]) -> None:
         conditionings = self.family.encode_all([image.request for image in images])
@@ -181,7 +184,7 @@ class Worker:
         for image in images:
             image.job = self.family.begin(image.request, image.conditioning)
             image.conditioning = None
-            image.total = image.job.num_steps
+            image.total, image.rows = image.job.num_steps, self.family.rows(image.job)
             image.ticket.warnings.update(dict.fromkeys(self.family.warnings(image.request)))
 
     # --- Denoising ---------------------------------------------------------------------------------------------
@@ -192,13 +195,10 @@ class Worker:
     def _signature(self, image: Image) -> Hashable:
         return self.family.signature(image.job)
 
-    def _rows(self, image: Image) -> int:
-        return self.family.rows(image.job)
-
     def _step(self) -> None:
         stay = None if self.family.interleaves else self._turn
         most_load = self._attempts.step_budget.now
-        images = policy.choose(self._denoising(), self._signature, self._rows, self._most_rows, most_load, stay)
+        images = policy.choose(self._denoising(), self._signature, self._costs.rows, self._most_rows, most_load, stay)
         if not images:
             return
         turn = self._signature(images[0])

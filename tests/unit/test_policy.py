@@ -1,0 +1,221 @@
+"""Whose turn it is: short ones pass long ones, none is overtaken for ever, and a pass holds what it may."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from app.engine import policy
+from app.engine.ticket import Ticket
+from app.generation import GenerateRequest
+from tests.fakes import Clock, Timed
+from tests.simulation import Simulation
+
+
+def timed(**options: Any) -> tuple[Simulation, Timed]:
+    clock = Clock()
+    family = Timed(clock)
+    return Simulation(family, clock=clock, **options), family
+
+
+def measured(**options: Any) -> tuple[Simulation, Timed]:
+    """One that has seen what a step costs, in company and alone."""
+    simulation, family = timed(**options)
+    for sizes in ((16, 16), (16,), (32, 32), (32,)):
+        for width in sizes:
+            simulation.submit(width=width)
+        simulation.run()
+    family.passes.clear()
+    family.began.clear()
+    family.decodes.clear()
+    return simulation, family
+
+
+# --- Due times -------------------------------------------------------------------------------------------------
+
+
+def test_who_needs_less_is_due_sooner_and_who_waits_long_enough_is_due_before_anybody_new() -> None:
+    assert policy.due(0, 1, 1000) < policy.due(0, 10, 1000)
+    assert policy.due(0, 10, 1000) < policy.due(41, 1e-9, 1000)
+
+
+def test_a_deadline_brings_the_due_time_forward() -> None:
+    assert policy.due(0, 100, 20) == 10
+
+
+@pytest.mark.parametrize("priority", range(1, 9))
+def test_each_level_of_priority_is_due_in_half_the_time_of_the_next(priority: int) -> None:
+    assert policy.due(0, 1, 1e9, priority) * 2 == policy.due(0, 1, 1e9, priority + 1)
+
+
+# --- Turns -----------------------------------------------------------------------------------------------------
+
+
+def test_a_short_request_of_another_size_passes_long_ones() -> None:
+    simulation, family = measured()
+    long = [simulation.submit(width=16, num_inference_steps=50, seed=seed) for seed in range(8)]
+    simulation.turn(5)
+    passes = len(family.passes)
+    short = simulation.submit(width=32, num_inference_steps=4, seed=99)
+    while not short.over:
+        simulation.turn()
+    assert len(family.passes) - passes <= 2 * 4
+    assert not any(ticket.over for ticket in long)
+
+
+def test_a_short_request_behind_eight_long_ones_is_done_within_twice_the_time_of_its_steps_in_their_company() -> None:
+    simulation, family = measured(max_batch_size=32)
+    for seed in range(8):
+        simulation.submit(num_inference_steps=50, seed=seed)
+    simulation.turn(3)
+    arrived = simulation.clock.now
+    short = simulation.submit(num_inference_steps=4, seed=99)
+    while not short.over:
+        simulation.turn()
+    in_company = 4 * (family.fixed + 9 * family.per_row) + family.decoding
+    assert simulation.clock.now - arrived <= 2 * in_company
+
+
+def test_a_short_request_takes_a_row_from_long_ones_where_there_is_no_room_for_all() -> None:
+    simulation, family = measured(max_batch_size=4)
+    for seed in range(12):
+        simulation.submit(num_inference_steps=50, seed=seed)
+    simulation.turn(3)
+    short = simulation.submit(num_inference_steps=4, seed=99)
+    passes = len(family.passes)
+    while not short.over:
+        simulation.turn()
+    assert len(family.passes) - passes <= 5
+
+
+def busy_until(simulation: Simulation, ticket: Ticket, **others: Any) -> float:
+    """Keep the device busy with others that come as fast as they can be done; gives the seconds until `ticket` ends."""
+    arrived = simulation.clock.now
+    seed = 0
+    while not ticket.over:
+        seed += 1
+        simulation.submit(width=16, num_inference_steps=2, seed=seed, **others)
+        simulation.turn()
+        assert simulation.clock.now - arrived < 10_000, "the request starves"
+    return simulation.clock.now - arrived
+
+
+def test_a_long_request_is_not_starved_by_short_ones_that_never_stop_coming() -> None:
+    simulation, family = measured(max_batch_size=2)
+    alone = 20 * (family.fixed + family.per_row) + family.decoding
+    long = simulation.submit(width=32, num_inference_steps=20, seed=1000)
+    assert busy_until(simulation, long) < (policy.PATIENCE + 3) * alone
+
+
+def test_the_least_urgent_of_all_is_done_too_while_urgent_ones_keep_coming() -> None:
+    simulation, family = measured(max_batch_size=2)
+    alone = 4 * (family.fixed + family.per_row) + family.decoding
+    last = simulation.submit(width=32, num_inference_steps=4, seed=1000, priority=9)
+    seconds = busy_until(simulation, last, priority=1)
+    assert 4 * policy.PATIENCE * alone < seconds < 2 * 16 * policy.PATIENCE * alone
+
+
+def test_a_more_urgent_priority_goes_first() -> None:
+    simulation, _ = measured(max_batch_size=1)
+    running = simulation.submit(num_inference_steps=3, seed=1)
+    simulation.turn()
+    later = [simulation.submit(num_inference_steps=3, seed=seed, priority=5) for seed in (2, 3)]
+    urgent = simulation.submit(num_inference_steps=3, seed=4, priority=1)
+    while not urgent.over:
+        simulation.turn()
+    assert not any(ticket.over for ticket in later)
+    simulation.run()
+    assert running.over
+
+
+def test_nobody_waits_for_company() -> None:
+    simulation, family = measured()
+    simulation.submit(seed=7)
+    simulation.turn()
+    assert family.passes == [[7]]
+
+
+def test_two_sizes_that_need_the_same_wait_the_same() -> None:
+    simulation, _ = measured(max_batch_size=4)
+    rng = random.Random(0)
+    tickets: list[Ticket] = []
+    for seed in range(600):
+        if rng.random() < 0.6:
+            tickets.append(simulation.submit(width=rng.choice((16, 32)), num_inference_steps=5, seed=seed))
+        simulation.turn()
+    simulation.run()
+    waits: dict[int | None, list[float]] = {16: [], 32: []}
+    for ticket in tickets:
+        waits[ticket.images[0].request.width].append(ticket.last_step - ticket.accepted)
+    means = [sum(each) / len(each) for each in waits.values()]
+    assert max(means) < 1.3 * min(means)
+
+
+# --- What a pass holds -----------------------------------------------------------------------------------------
+
+
+def test_a_pass_has_at_most_so_many_rows_and_guidance_takes_two() -> None:
+    simulation, family = timed(max_batch_size=5)
+    for seed in range(6):
+        simulation.submit(seed=seed, guidance_scale=5.0)
+    simulation.run()
+    assert max(map(len, family.passes)) == 2
+
+
+def test_one_image_goes_however_few_rows_a_pass_may_have() -> None:
+    simulation, family = timed(max_batch_size=1)
+    simulation.submit(guidance_scale=5.0)
+    simulation.run()
+    assert family.passes == [[1]] * 4
+
+
+def test_a_pass_has_at_most_so_many_pixels_times_rows() -> None:
+    simulation, family = timed(max_batch_size=100, max_batch_pixels=16 * 16 * 2 * 3)
+    for seed in range(10):
+        simulation.submit(seed=seed, guidance_scale=5.0)
+    simulation.submit(seed=99, guidance_scale=5.0, height=512, width=512)
+    simulation.run()
+    assert max(map(len, family.passes)) == 3
+    assert [99] in family.passes
+
+
+def test_small_pictures_are_decoded_together_and_large_ones_one_by_one() -> None:
+    simulation, family = timed(max_batch_size=8)
+    for seed in range(4):
+        simulation.submit(seed=seed)
+    simulation.run()
+    assert [sorted(seeds) for seeds in family.decodes] == [[0, 1, 2, 3]]
+    family.decodes.clear()
+    for seed in range(3):
+        simulation.submit(seed=seed, height=1024, width=1024)
+    simulation.run()
+    assert sorted(family.decodes) == [[0], [1], [2]]
+
+
+def test_between_two_steps_of_the_more_urgent_only_one_group_is_decoded() -> None:
+    simulation, family = measured(max_batch_size=8)
+    urgent = simulation.submit(seed=50, num_inference_steps=30, priority=1)
+    for seed in range(4):
+        simulation.submit(seed=seed, num_inference_steps=1, height=1024, width=1024, priority=9)
+    while not urgent.over:
+        decodes, passes = len(family.decodes), len(family.passes)
+        simulation.turn()
+        assert len(family.decodes) - decodes <= 1 or len(family.passes) == passes
+    simulation.run()
+
+
+# --- What only equal pieces may do -----------------------------------------------------------------------------
+
+
+def test_choosing_among_none_is_none() -> None:
+    assert policy.choose([], lambda _: 0, lambda _: 1, 8, 1e9) == []
+
+
+def test_requests_of_one_ticket_with_most_work_left_come_last() -> None:
+    request = GenerateRequest(prompt="", height=8, width=8, num_inference_steps=9, seed=0, num_images_per_prompt=3)
+    simulation, _ = timed()
+    images = Ticket([request], 0.0, 1.0, simulation.queue).images
+    images[2].steps_done = 5
+    assert policy.choose(images, lambda _: 0, lambda _: 1, 2, 1e9) == [images[2], images[0]]
