@@ -120,6 +120,6 @@ def test_sixteen_requests_of_every_kind_at_once_give_the_pictures_that_each_give
     for request, one, other in zip(requests, alone, together, strict=True):
         difference = np.frombuffer(one.pixels.data, np.uint8).astype(int) - np.frombuffer(other.pixels.data, np.uint8)
         assert np.abs(difference).max() <= 2, request
-    passes = telemetry.registry.get_sample_value("sdxl_rows_per_forward_pass_count", {"model_name": "kinds"}) or 0.0
+    passes = telemetry.registry.get_sample_value("sdxl_images_per_forward_pass_count", {"model_name": "kinds"}) or 0.0
     steps = telemetry.registry.get_sample_value("sdxl_steps_total", {"model_name": "kinds"}) or 0.0
     assert passes <= steps / 2, "forward passes were hardly shared"
