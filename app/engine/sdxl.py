@@ -57,6 +57,8 @@ class SdxlFamily(Family[SdxlJob]):
         self.maxima = {"clip_skip": self._requests.most_clip_skip}
         # The refiner's stay without one: callers who do not know what is loaded send them all the same.
         self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
+        self.size_step = pipeline.vae_scale_factor
+        self.adapters = tuple(adapters.names) if adapters else ()
 
     # --- resolve -----------------------------------------------------------------------------------------------
 
