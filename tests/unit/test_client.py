@@ -7,21 +7,28 @@ import base64
 import json
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from app.generation import PARAMETERS, ImageFormat
+from app.generation import PARAMETERS, ImageFormat, Pixels
+from app.images import decode_images
 from app.protocol.infer_request import parse_infer
-from clients import client as wire
-from clients import paint
-from clients.client import AsyncClient, Client, Parameters, Picture, ServerError, UnreachableError
+from app.protocol.oip import InferCall
+from clients import answers, conversations, paint
+from clients.client import AsyncClient, Client, ClientError, Parameters, Picture, ServerError, UnreachableError
+from clients.inputs import write_request
 
+ROOT = Path(__file__).parents[2]
 URL = "http://server:8080"
 IMAGES = [b"first picture", b"second"]
 SEEDS = [7, 2**63 - 1]
@@ -51,7 +58,7 @@ def binary_body() -> tuple[bytes, int]:
 
 
 def binary_answer(body: bytes, json_length: object) -> httpx.Response:
-    return httpx.Response(200, content=body, headers={wire.JSON_LENGTH: str(json_length)})
+    return httpx.Response(200, content=body, headers={answers.JSON_LENGTH: str(json_length)})
 
 
 def always(answer: httpx.Response) -> Handler:
@@ -97,7 +104,14 @@ def test_every_parameter_of_the_server_is_a_keyword_of_the_client() -> None:
     assert {"prompt", *Parameters.__annotations__} == set(PARAMETERS)
 
 
-def test_the_server_reads_every_parameter_as_it_was_given() -> None:
+def read(*arguments: Any, **keywords: Any) -> InferCall:
+    """What the server makes of a request."""
+    body, json_length = write_request(*arguments, **keywords)
+    return parse_infer(body, None if json_length is None else str(json_length))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_server_reads_every_parameter_as_it_was_given(binary: bool) -> None:
     parameters = Parameters(
         prompt_2="a circle",
         negative_prompt="blurry ☂",
@@ -133,28 +147,126 @@ def test_the_server_reads_every_parameter_as_it_was_given() -> None:
         negative_aesthetic_score=2.5,
         denoising_limit=0.7,
         max_sequence_length=128,
-        loras="style:0.5, detail",
+        loras={"style": 0.5, "detail": -1},
         output_format="webp",
     )
     assert set(parameters) == set(PARAMETERS) - {"prompt"}
-    call = parse_infer(wire.write_request(["a", "b"], parameters, binary=False, request_id="mine"), None)
+    call = read(["a", "b"], parameters, binary=binary, request_id="mine")
     assert call.id == "mine"
     assert [request.prompt for request in call.requests] == ["a", "b"]
     for request in call.requests:
         for name, value in parameters.items():
-            expected = {"output_format": ImageFormat.WEBP, "loras": (("style", 0.5), ("detail", 1.0))}.get(name, value)
+            expected = {"output_format": ImageFormat.WEBP, "loras": (("style", 0.5), ("detail", -1.0))}.get(name, value)
             assert getattr(request, name) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("seed", [1, 2]),
+        ("guidance_scale", [1, 2.5]),
+        ("negative_prompt", ["a", "b"]),
+        ("use_karras_sigmas", [True, False]),
+        ("target_size", [(1, 2), (3, 4)]),
+        ("sigmas", [[2, 1.5], [3, 0]]),
+        ("image", [b"one", b"two"]),
+    ],
+)
+def test_with_several_prompts_a_list_has_one_value_for_each(name: str, values: list[Any]) -> None:
+    call = read(["a", "b"], {name: values})
+    found = [getattr(request, name) for request in call.requests]
+    assert found == [tuple(value) if isinstance(value, list) else value for value in values]
+
+
 def test_what_is_none_is_left_to_the_model() -> None:
-    call = parse_infer(wire.write_request("a", {"seed": None, "width": None}), None)
-    assert call.given == {"prompt"}
+    assert read("a", {"seed": None, "width": None, "image": None}).given == {"prompt"}
 
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_pictures_are_asked_for_as_bytes_or_as_json(binary: bool) -> None:
-    call = parse_infer(wire.write_request("a", {}, binary), None)
-    assert [output.binary for output in call.outputs] == [binary, binary]
+    assert [output.binary for output in read("a", {}, binary).outputs] == [binary, binary]
+
+
+# --- Images ----------------------------------------------------------------------------------------------------
+
+PNG_FILE = b"\x89PNG\r\n\x1a\n and so on"
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_an_image_may_be_a_path_or_bytes(binary: bool, tmp_path: Path) -> None:
+    path = tmp_path / "ein Bild ü.png"
+    path.write_bytes(PNG_FILE)
+    for value in (path, str(path), PNG_FILE, bytearray(PNG_FILE), memoryview(PNG_FILE)):
+        assert read("a", {"image": value}, binary).requests[0].image == PNG_FILE
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_an_image_may_be_a_picture_of_pillows(binary: bool) -> None:
+    picture = Image.new("RGB", (3, 2), "red")
+    (pixels,) = decode_images([("image", read("a", {"image": picture}, binary).requests[0].image or b"")], 6)
+    assert pixels == Pixels(bytes([255, 0, 0]) * 6, 2, 3)
+    mask = Image.new("1", (3, 2), 1)
+    (pixels,) = decode_images(
+        [("mask_image", read("a", {"mask_image": mask}, binary).requests[0].mask_image or b"")], 6
+    )
+    assert pixels == Pixels(bytes([255]) * 6, 2, 3, channels=1)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_an_image_may_be_an_array_of_numpys(binary: bool) -> None:
+    image, mask = np.arange(24, dtype=np.uint8).reshape(2, 4, 3), np.arange(8, dtype=np.uint8).reshape(2, 4)
+    # A view that lies in another order in memory.
+    turned = np.asfortranarray(image)
+    for array in (image, turned, [image], image[None]):
+        (request,) = read("a", {"image": array, "mask_image": mask}, binary).requests
+        assert request.image == Pixels(bytes(range(24)), 2, 4)
+        assert request.mask_image == Pixels(bytes(range(8)), 2, 4, channels=1)
+    first, second = read(["a", "b"], {"image": [image, image + 1]}, binary).requests
+    assert first.image == Pixels(bytes(range(24)), 2, 4) and second.image == Pixels(bytes(range(1, 25)), 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("nowhere.png", r"Cannot read 'nowhere\.png' for image: No such file or directory\."),
+        ("nul\0", "Cannot read"),
+        (7, "image must be a path, the bytes of a file, a picture of Pillow's or an array of numpy's, not int"),
+        ([], "image is an empty list"),
+        ([None], "not NoneType"),
+        (np.zeros((2, 2, 3)), "array of uint8, with values from 0 to 255"),
+        ([np.zeros((2, 2, 3), np.uint8), b"file"], "arrays of one shape, or files"),
+        ([np.zeros((2, 2, 3), np.uint8), np.zeros((2, 3, 3), np.uint8)], "arrays of one shape"),
+        (Image.new("F", (1, 1)), "image cannot be written as PNG"),
+    ],
+)
+def test_what_is_no_image_is_told_before_anything_is_sent(ask: Ask, value: Any, words: str) -> None:
+    def handler(_: httpx.Request) -> httpx.Response:
+        raise AssertionError("nothing was to be sent")
+
+    with pytest.raises(ClientError, match=words):
+        ask(handler, "generate", "a", image=value)
+
+
+def test_bytes_behind_the_json_are_announced(ask: Ask) -> None:
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return json_answer()
+
+    ask(handler, "generate", "a", image=PNG_FILE)
+    ask(handler, "generate", "a", image=PNG_FILE, options={"binary": False})
+    behind, inside = seen
+    assert behind.headers["Content-Type"] == "application/octet-stream"
+    assert parse_infer(behind.content, behind.headers[answers.JSON_LENGTH]).requests[0].image == PNG_FILE
+    assert inside.headers["Content-Type"] == "application/json" and answers.JSON_LENGTH not in inside.headers
+    assert parse_infer(inside.content, None).requests[0].image == PNG_FILE
+
+
+def test_a_client_needs_neither_pillow_nor_numpy() -> None:
+    code = "import sys, clients.client; print([m for m in ('PIL', 'numpy', 'app') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_key_and_model_are_sent_so_that_any_server_can_read_them(ask: Ask) -> None:
@@ -211,8 +323,8 @@ MALFORMED = {
     "no pictures": (tensors_answer([], []), "0 pictures"),
     "a seed too few": (tensors_answer(["AA==", "AA=="], [1]), "2 pictures and 1 seeds"),
     "header missing": (httpx.Response(200, content=BODY), "not JSON"),
-    "header no number": (binary_answer(BODY, "-1"), wire.JSON_LENGTH),
-    "header too large": (binary_answer(BODY, len(BODY) + 1), wire.JSON_LENGTH),
+    "header no number": (binary_answer(BODY, "-1"), answers.JSON_LENGTH),
+    "header too large": (binary_answer(BODY, len(BODY) + 1), answers.JSON_LENGTH),
     "header too small": (binary_answer(BODY, LENGTH - 1), "not JSON"),
     "cut off in the image": (binary_answer(BODY[: LENGTH + 9], LENGTH), "bytes of image are announced, but 9 came"),
     "cut off in the seed": (binary_answer(BODY[:-1], LENGTH), "16 bytes of seed are announced, but 15 came"),
@@ -223,7 +335,7 @@ MALFORMED = {
 @pytest.mark.parametrize(("answer", "words"), MALFORMED.values(), ids=MALFORMED)
 def test_an_answer_that_makes_no_sense_is_an_error_that_says_why(answer: httpx.Response, words: str) -> None:
     with pytest.raises(ServerError, match=words) as caught:
-        wire.read_result(answer)
+        answers.read_result(answer)
     assert caught.value.status == 200
     assert str(caught.value).startswith("The server's answer cannot be understood: ")
 
@@ -237,9 +349,9 @@ def test_an_answer_that_makes_no_sense_is_an_error_that_says_why(answer: httpx.R
 def test_damage_to_an_answer_never_shows_as_anything_but_a_server_error(
     start: int, end: int, noise: bytes, length: str | None
 ) -> None:
-    headers = {} if length is None else {wire.JSON_LENGTH: length}
+    headers = {} if length is None else {answers.JSON_LENGTH: length}
     try:
-        result = wire.read_result(httpx.Response(200, content=BODY[:start] + noise + BODY[end:], headers=headers))
+        result = answers.read_result(httpx.Response(200, content=BODY[:start] + noise + BODY[end:], headers=headers))
     except ServerError:
         return
     assert all(isinstance(picture.data, bytes) and isinstance(picture.seed, int) for picture in result.pictures)
@@ -310,8 +422,8 @@ def test_a_url_that_is_none_is_told_at_once(kind: type[Client] | type[AsyncClien
 # --- Trying again ----------------------------------------------------------------------------------------------
 
 
-def infer_call() -> wire.Call:
-    return wire.Call("POST", "/infer", httpx.Timeout(60), b"{}")
+def infer_call() -> conversations.Call:
+    return conversations.Call("POST", "/infer", httpx.Timeout(60), b"{}")
 
 
 def refusal(status: int, retry_after: str | None = None) -> httpx.Response:
@@ -320,7 +432,7 @@ def refusal(status: int, retry_after: str | None = None) -> httpx.Response:
 
 
 def test_a_busy_server_is_asked_again_after_the_seconds_it_names() -> None:
-    conversation = wire.converse_infer(infer_call(), retries=2)
+    conversation = conversations.converse_infer(infer_call(), retries=2)
     assert next(conversation).delay == 0
     again = conversation.send(refusal(429, "3"))
     assert (again.delay, again.content) == (3, b"{}")
@@ -331,7 +443,7 @@ def test_a_busy_server_is_asked_again_after_the_seconds_it_names() -> None:
 
 
 def test_pauses_double_where_the_server_names_none_that_can_be_read() -> None:
-    conversation = wire.converse_infer(infer_call(), retries=7)
+    conversation = conversations.converse_infer(infer_call(), retries=7)
     next(conversation)
     answers = [None, "soon", "Wed, 21 Oct 2026 07:28:00 GMT", "", "-1", "1.5", None]
     assert [conversation.send(refusal(503, text)).delay for text in answers] == [1, 2, 4, 8, 16, 30, 30]
@@ -343,7 +455,7 @@ def test_pauses_double_where_the_server_names_none_that_can_be_read() -> None:
     ids=["no retries", "not its kind of error", "time was up", "a longer wait than the caller's"],
 )
 def test_other_refusals_are_final(retries: int, answer: httpx.Response) -> None:
-    conversation = wire.converse_infer(infer_call(), retries)
+    conversation = conversations.converse_infer(infer_call(), retries)
     next(conversation)
     with pytest.raises(ServerError, match=r"^The queue is full\.$"):
         conversation.send(answer)
@@ -383,7 +495,7 @@ def test_asking_whether_an_unknown_model_is_ready_is_an_error(ask: Ask) -> None:
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "POLL_INTERVAL", 0.001)
+    monkeypatch.setattr(conversations, "POLL_INTERVAL", 0.001)
 
 
 @pytest.mark.usefixtures("_impatient")
