@@ -166,6 +166,7 @@ class SdxlFamily(Family[SdxlJob]):
             scheduler=scheduler,
             scheduler_timesteps=timesteps,
             timesteps=timesteps,
+            first_timestep=timesteps[:1],
             step_options=schedulers.step_options(scheduler, generator, request.eta or 0.0),
             embeddings=torch.cat([embedding.hidden for embedding in embeddings]),
             pooled=torch.cat([embedding.pooled for embedding in embeddings]),
@@ -184,6 +185,7 @@ class SdxlFamily(Family[SdxlJob]):
     @staticmethod
     def _start(leg: Leg, index: int) -> None:
         leg.scheduler_timesteps = leg.scheduler.timesteps[index:]
+        leg.first_timestep = leg.scheduler.timesteps[index : index + 1]
         if hasattr(leg.scheduler, "set_begin_index"):
             leg.scheduler.set_begin_index(index)
 
@@ -260,7 +262,7 @@ class SdxlFamily(Family[SdxlJob]):
         if request.mask_image is not None and request.strength == 1:
             latents = noise * scheduler.init_noise_sigma
         else:
-            latents = scheduler.add_noise(image_latents, noise, leg.scheduler_timesteps[:1])
+            latents = scheduler.add_noise(image_latents, noise, leg.first_timestep)
         if request.mask_image is None:
             return latents, None
         mask = self._inpaint.mask_processor.preprocess(

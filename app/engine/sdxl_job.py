@@ -50,6 +50,7 @@ class Leg:
         scheduler: its own.
         scheduler_timesteps: ``[steps]`` as the scheduler made them.
         timesteps: float32 ``[steps]`` on the device, so that no step waits for it.
+        first_timestep: ``[1]``, where the way begins, also where it ends before its first step.
         embeddings: ``[rows, tokens, d]``; a guided job has two rows, the negative one first.
         pooled: ``[rows, d]``.
         time_ids: ``[rows, 6]``: original size, crop, target size; the refiner's ``[rows, 5]`` end with the score.
@@ -60,6 +61,7 @@ class Leg:
     scheduler: Any
     scheduler_timesteps: torch.Tensor
     timesteps: torch.Tensor
+    first_timestep: torch.Tensor
     step_options: dict[str, Any]
     embeddings: torch.Tensor
     pooled: torch.Tensor

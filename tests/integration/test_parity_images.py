@@ -139,6 +139,16 @@ def test_a_strength_that_leaves_no_step_is_refused_with_one_that_does(family: Sd
         )
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_end_before_the_first_step_shows_the_image_under_the_noise_it_would_begin_with(
+    family: SdxlFamily, masked: bool
+) -> None:
+    common = {"prompt": PROMPT, "image": picture(), "mask_image": mask() if masked else None, "strength": 0.5}
+    nothing = ours(family, seed=2, denoising_end=1e-9, **common)
+    something = ours(family, seed=2, **common)
+    assert nothing.shape == something.shape and not np.array_equal(nothing, something)
+
+
 def test_a_preview_shows_the_colours_of_the_picture(family: SdxlFamily) -> None:
     request = family.resolve(GenerateRequest(prompt=PROMPT, seed=3, num_inference_steps=8))
     job = family.begin(request, family.encode(request))
