@@ -88,6 +88,41 @@ curl -fsS "$URL/v2/models/$MODEL/infer" -H 'Content-Type: application/json' -o "
 decode "$OUT/batch.json" 0 "$OUT/batch-1.png"
 decode "$OUT/batch.json" 1 "$OUT/batch-2.png"
 
+# --- From one image to another ---
+# An image is a file in base64: PNG, JPEG or WebP. "strength" says how far to go from it.
+
+base64 <"$OUT/json.png" | tr -d '\n' >"$OUT/json.base64"
+{
+    printf '%s' '{"inputs": [
+        {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a blue circle on a white background"]},
+        {"name": "image", "shape": [1], "datatype": "BYTES", "data": ["'
+    cat "$OUT/json.base64"
+    printf '%s' '"]}
+    ], "parameters": {"num_inference_steps": 20, "strength": 0.8, "seed": 7}}'
+} | curl -fsS "$URL/v2/models/$MODEL/infer" -H 'Content-Type: application/json' -o "$OUT/image.json" --data-binary @-
+decode "$OUT/image.json" 0 "$OUT/image.png"
+
+# --- Part of an image, painted again ---
+# The same without base64: the image's bytes follow the JSON. The mask has one number for each pixel of a coarse picture,
+# white (255) where to paint; it is resized.
+
+size=$(wc -c <"$OUT/json.png" | tr -d ' ')
+json='{"inputs": [
+    {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a blue circle on a white background"]},
+    {"name": "image", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": '$((size + 4))'}},
+    {"name": "mask_image", "shape": [2, 2], "datatype": "UINT8", "data": [255, 0, 255, 0]}
+], "parameters": {"num_inference_steps": 20, "strength": 0.9, "seed": 7}}'
+{
+    printf '%s' "$json"
+    # An element of BYTES begins with its length, 4 bytes with the lowest first.
+    for shift in 0 8 16 24; do
+        printf '%b' "\\0$(printf '%o' $((size >> shift & 255)))"
+    done
+    cat "$OUT/json.png"
+} | curl -fsS "$URL/v2/models/$MODEL/infer" -H "Inference-Header-Content-Length: ${#json}" -o "$OUT/inpaint.json" \
+    --data-binary @-
+decode "$OUT/inpaint.json" 0 "$OUT/inpaint.png"
+
 # --- Protocol v1 ---
 # An instance holds the pipeline's keywords. One prediction for each picture; the header X-Seed names their seeds.
 

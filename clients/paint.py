@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clients.client import AsyncClient, ClientError, Parameters, Picture
+from clients.inputs import read_image
 
 PROGRAM = "sdxl-paint"
 KEY_VARIABLE = "SDXL_API_KEY"
@@ -57,6 +58,7 @@ async def paint(options: argparse.Namespace) -> None:
         OSError: a picture could not be saved.
     """
     options.out.mkdir(parents=True, exist_ok=True)
+    parameters = _parameters(options)
     key = os.environ.get(KEY_VARIABLE)
     async with AsyncClient(options.url, options.model, key, options.timeout, retries=options.retries) as client:
         if options.wait is not None:
@@ -64,9 +66,9 @@ async def paint(options: argparse.Namespace) -> None:
         places = asyncio.Semaphore(options.parallel)
 
         async def paint_one(number: int) -> None:
-            seed = None if options.seed is None else options.seed + number
+            seeded: Parameters = {**parameters, "seed": None if options.seed is None else options.seed + number}
             async with places:
-                result = await client.generate(options.prompt, **_parameters(options, seed))
+                result = await client.generate(options.prompt, **seeded)
             for picture in result.pictures:
                 path = save(picture, options.prompt, options.out)
                 tqdm.write(f"{path}\tseed {picture.seed}")
@@ -111,7 +113,12 @@ def file_name(prompt: str) -> str:
     return "-".join(words)[:LONGEST_NAME].rstrip("-") or "picture"
 
 
-def _parameters(options: argparse.Namespace, seed: int | None) -> Parameters:
+def _parameters(options: argparse.Namespace) -> Parameters:
+    """What all pictures have in common.
+
+    Raises:
+        ClientError: an image cannot be read.
+    """
     return Parameters(
         prompt_2=options.prompt_2,
         negative_prompt=options.negative,
@@ -121,10 +128,20 @@ def _parameters(options: argparse.Namespace, seed: int | None) -> Parameters:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance,
         guidance_rescale=options.guidance_rescale,
-        seed=seed,
+        true_cfg_scale=options.true_cfg,
+        image=read_image("--image", options.image) if options.image else None,
+        mask_image=read_image("--mask", options.mask) if options.mask else None,
+        strength=options.strength,
         clip_skip=options.clip_skip,
         scheduler=options.scheduler,
+        use_karras_sigmas=options.sigmas == "karras" or None,
+        use_exponential_sigmas=options.sigmas == "exponential" or None,
+        use_beta_sigmas=options.sigmas == "beta" or None,
+        timestep_spacing=options.timestep_spacing,
+        denoising_limit=options.denoising_limit,
         denoising_end=options.denoising_end,
+        max_sequence_length=options.max_sequence_length,
+        loras=",".join(options.lora) if options.lora else None,
         output_format=options.format,
     )
 
@@ -156,9 +173,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=int, metavar="PIXELS")
     add("--height", type=int, metavar="PIXELS")
     add("--scheduler", metavar="NAME", help="noise scheduler, such as 'Euler' or 'DPM++ 2M Karras'")
+    add("--sigmas", choices=("karras", "exponential", "beta"), help="how the scheduler's noise levels are spaced")
+    add("--timestep-spacing", choices=("linspace", "leading", "trailing"), help="how its timesteps are spaced")
     add("--clip-skip", type=int, metavar="N", help="text encoder layers to skip")
+    add(
+        "--denoising-limit",
+        type=float,
+        metavar="X",
+        help="fraction of the denoising that the base does, not the refiner",
+    )
     add("--denoising-end", type=float, metavar="X", help="fraction of the denoising after which to stop")
+    add("--lora", action="append", metavar="NAME[:SCALE]", help="LoRA adapter to paint with; may be repeated")
+    add("--true-cfg", type=float, metavar="SCALE", help="FLUX: how strongly the negative prompt steers")
+    add("--max-sequence-length", type=int, metavar="N", help="FLUX: tokens of the prompt that are read")
     add("--format", choices=("png", "jpeg", "webp"), help="of the files (default: png)")
+
+    group = parser.add_argument_group("what they start from")
+    add = group.add_argument
+    add("--image", metavar="FILE", help="picture to start from: PNG, JPEG or WebP")
+    add("--mask", metavar="FILE", help="where to paint it again (white) and where to keep it (black)")
+    add("--strength", type=float, metavar="X", help="how far to go from the image: 0 keeps it, 1 ignores it")
 
     group = parser.add_argument_group("how the server is asked")
     add = group.add_argument

@@ -232,7 +232,7 @@ def test_every_curl_example_works_as_it_stands(server: Server, tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, "")
     assert '{"live": true}' in done.stdout
     pictures = {path.stem: open_picture(path) for path in tmp_path.glob("*.png")}
-    assert set(pictures) == {"json", "binary", "raw", "gzip", "batch-1", "batch-2", "v1"}
+    assert set(pictures) == {"json", "binary", "raw", "gzip", "batch-1", "batch-2", "image", "inpaint", "v1"}
     assert {picture.format for picture in pictures.values()} == {"PNG"}
     for name in pictures:
         # No byte of another tensor follows the picture's.

@@ -581,12 +581,28 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "nowhere.png"], "Cannot read 'nowhere.png' for --image: No such file or directory."),
+        (["--image", "."], "Cannot read '.' for --image: Is a directory."),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paint.main(["a cat", "--out", str(tmp_path), *arguments]) == 1
+    assert capsys.readouterr().err == f"sdxl-paint: {sentence}\n"
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         [],
         ["a", "--number", "0"],
         ["a", "--steps", "many"],
         ["a", "--format", "gif"],
+        ["a", "--sigmas", "cubic"],
+        ["a", "--strength", "half"],
         ["a", "--timeout", "nan"],
         ["a", "--step", "2"],
     ],
