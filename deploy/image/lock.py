@@ -2,8 +2,8 @@
 
 requirements.txt is what the server needs on any machine but torch, requirements-cuda.txt torch with CUDA and what only
 serves with it, requirements-cpu.txt torch without, and requirements-data.txt packages of which the server reads a file
-and runs nothing, so that they come without what they need themselves. All carry the versions that constraints.txt names,
-and the hashes of every file of a release.
+and runs nothing, so that they come without what they need themselves. All carry the versions of constraints.txt, where
+it has one, and the hashes of every file of a release.
 
 Each build of torch has a file of its own, not one line with the hashes of both: among files with allowed hashes pip
 prefers those whose hash the index tells, so that with both allowed a folder's CPU build would always lose to PyPI's

@@ -195,15 +195,19 @@ def load(server: Server) -> None:
         with contextlib.suppress(httpx.ReadTimeout):
             httpx.post(url, json=body(0, {"num_inference_steps": 150}), timeout=0.3)
 
-    statuses = set()
+    wanted = {200, 400, 429, 504}
+    seen: set[int] = set()
+    rounds = 0
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for round_ in range(4):
-            statuses |= set(pool.map(ask, range(round_ * 8, round_ * 8 + 8)))
-            statuses.add(ask(0, num_inference_steps=10_000))
-            statuses.add(ask(0, num_inference_steps=100, timeout=200_000))
+        # Four rounds, so that there are seconds between first and last; more where the machine has much else to do.
+        while rounds < 4 or (seen != wanted and rounds < 12):
+            seen |= set(pool.map(ask, range(rounds * 8, rounds * 8 + 8)))
+            seen.add(ask(0, num_inference_steps=10_000))
+            seen.add(ask(0, num_inference_steps=100, timeout=200_000))
             leave()
             time.sleep(1)
-    assert statuses == {200, 400, 429, 504}
+            rounds += 1
+    assert seen == wanted
 
 
 def free_port() -> int:
