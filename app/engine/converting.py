@@ -65,7 +65,7 @@ def load_sdxl_file(
     )
     for name, prefix in encoders.items():
         with progress.reading(name, sizes[prefix]):
-            loaded[name] = _load_text_encoder(file, name, tensors, prefix, numbers.dtype)
+            loaded[name] = _load_text_encoder(file, name, tensors, prefix, numbers)
     with progress.reading("unet", sizes[UNET]):
         loaded["unet"] = _load_module(
             file,
@@ -146,12 +146,25 @@ def _load_module(
         options: dict[str, Any] = {"dtype": numbers.of(name, config), **overrides}
         if name in BIG and numbers.quantization is not None:
             options["quantization_config"] = numbers.quantization
-        return cls.from_single_file(
+        module = cls.from_single_file(
             tensors, config=str(file.config), subfolder=name, local_files_only=True, **options
-        ).eval()
+        )
+        return _finish(module, numbers)
 
 
-def _load_text_encoder(file: SingleFile, name: str, tensors: Tensors, prefix: str, dtype: torch.dtype) -> Any:
+def _finish(module: torch.nn.Module, numbers: Format) -> torch.nn.Module:
+    """Weights are used where they lie in the file; a CPU rounds differently where that is no multiple of 64 bytes.
+
+    The same model would paint pictures that differ in a few pixels, depending on the length of the file's header.
+    """
+    if numbers.aligned:
+        for parameter in module.parameters():
+            if parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+    return module.eval()
+
+
+def _load_text_encoder(file: SingleFile, name: str, tensors: Tensors, prefix: str, numbers: Format) -> Any:
     cls = transformers.CLIPTextModel if name == "text_encoder" else transformers.CLIPTextModelWithProjection
     with told(str(file.path)):
         # Nothing but its own tensors: diffusers tells the two encoders apart by their width alone.
@@ -166,9 +179,11 @@ def _load_text_encoder(file: SingleFile, name: str, tensors: Tensors, prefix: st
             converted = {key.removeprefix("text_model."): tensor for key, tensor in converted.items()}
         check_shapes(str(file.path), converted, model.state_dict())
         del converted
-        return single_file_utils.create_diffusers_clip_model_from_ldm(
-            cls, checkpoint=own, config=str(file.config), subfolder=name, torch_dtype=dtype, local_files_only=True
+        options = {"config": str(file.config), "subfolder": name, "local_files_only": True}
+        encoder = single_file_utils.create_diffusers_clip_model_from_ldm(
+            cls, checkpoint=own, torch_dtype=numbers.dtype, **options
         )
+        return _finish(encoder, numbers)
 
 
 # --- FLUX ------------------------------------------------------------------------------------------------------

@@ -49,10 +49,12 @@ class Format:
     Attributes:
         dtype: of all computation but the VAE's.
         quantization: configuration for the UNet or transformer, as diffusers takes it; ``None`` for none.
+        aligned: copy what a single file holds between the boundaries that the CPU computes along.
     """
 
     dtype: torch.dtype
     quantization: Any = None
+    aligned: bool = False
 
     def of(self, name: str, config: Mapping[str, Any]) -> torch.dtype:
         """The dtype of one component: a VAE that overflows in float16 is float32 from the start."""

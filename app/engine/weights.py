@@ -62,7 +62,7 @@ def load_family(settings: Settings, report: Report = lambda _: None) -> Family[A
     from app.engine.placement import choose_placement
 
     placement = choose_placement(settings)
-    numbers = Format(placement.dtype, placement.quantization_config())
+    numbers = Format(placement.dtype, placement.quantization_config(), aligned=placement.device.type == "cpu")
     logger.info("loading %s as %s on %s", base.path, placement.dtype, placement.device)
     progress = Progress(say, sum(_size(source) for source in (base, rest, refiner) if source is not None))
     components = _load_base(base, rest, numbers, progress)
@@ -284,7 +284,7 @@ def _make_family(
 
     family: Family[Any]
     if base.kind is Kind.FLUX:
-        from app.engine.flux import FluxFamily  # type: ignore[import-not-found, unused-ignore]
+        from app.engine.flux import FluxFamily
 
         family = FluxFamily(pipeline, adapters)
     else:

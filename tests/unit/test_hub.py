@@ -1,0 +1,263 @@
+"""Downloads from a hub on 127.0.0.1: only what is needed, resumed, offline the second time, and every refusal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from app.engine import hub as downloads
+from app.engine.folders import Kind, read_folder
+from app.engine.weights import DEMO_WEIGHTS
+from app.errors import ModelLoadFailed
+from tests.hub import Hub, serving
+
+DEMO = DEMO_WEIGHTS / "sdxl"
+NAME = "someone/shapes"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+TOKEN = "hf_a_secret"
+NOT_NEEDED = ["README.md", "unet/diffusion_pytorch_model.bin", "unet/code.py", "unet/model.onnx", "sd_xl.safetensors"]
+
+
+class Reports(list[str]):
+    def __call__(self, phase: str) -> None:
+        self.append(phase)
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(serving(Hub({NAME: DEMO, **options.pop("models", {})}, **options)))
+
+
+def fetch(hub: Hub, cache: Path, token: str | None = None, name: str = NAME, **options: Any) -> Path:
+    report = options.pop("report", Reports())
+    return downloads.download(name, token, report, cache=cache, endpoint=hub.url, **options)
+
+
+def complaint(hub: Hub, cache: Path, token: str | None = None, name: str = NAME) -> str:
+    with pytest.raises(ModelLoadFailed) as caught:
+        fetch(hub, cache, token, name)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert sentence.endswith(".")
+    assert TOKEN not in sentence
+    return sentence
+
+
+# --- Files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_arrives_whole_and_without_what_is_not_needed(serve: Any, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    for name in NOT_NEEDED:
+        (model / name).write_bytes(b"x")
+    hub = serve(models={NAME: model})
+    folder = fetch(hub, tmp_path / "cache")
+    assert read_folder(folder).kind is Kind.SDXL
+    got = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert got == {str(path.relative_to(DEMO)) for path in DEMO.rglob("*") if path.is_file()}
+    assert not set(hub.downloaded()) & set(NOT_NEEDED)
+
+
+FILES = [
+    "model_index.json",
+    "README.md",
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer_2/tokenizer.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/model.onnx",
+    "text_encoder/pytorch_model.bin",
+    "text_encoder_2/config.json",
+    "text_encoder_2/model-00001-of-00002.safetensors",
+    "text_encoder_2/model-00002-of-00002.safetensors",
+    "text_encoder_2/model.safetensors.index.json",
+    "text_encoder_2/model.fp16.safetensors",
+    "text_encoder_2/model.safetensors.index.fp16.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "vae_1_0/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.fp16.safetensors",
+]
+INDEX = json.loads((DEMO / "model_index.json").read_text())
+
+
+def weights_of(chosen: list[str]) -> list[str]:
+    return [path for path in chosen if path.endswith((".safetensors", ".index.json", ".fp16.json"))]
+
+
+def test_fp16_files_are_chosen_where_every_component_has_them() -> None:
+    chosen = downloads.select_files(FILES, Kind.SDXL, INDEX)
+    assert weights_of(chosen) == [
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder_2/model.fp16.safetensors",
+        "text_encoder_2/model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    assert {"model_index.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "vae/config.json"} <= set(chosen)
+
+
+def test_whole_precision_is_chosen_where_it_is_asked_for_and_where_fp16_is_not_complete() -> None:
+    whole = [
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model-00001-of-00002.safetensors",
+        "text_encoder_2/model-00002-of-00002.safetensors",
+        "text_encoder_2/model.safetensors.index.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert weights_of(downloads.select_files(FILES, Kind.SDXL, INDEX, full_precision=True)) == whole
+    incomplete = [path for path in FILES if path != "vae/diffusion_pytorch_model.fp16.safetensors"]
+    assert weights_of(downloads.select_files(incomplete, Kind.SDXL, INDEX)) == whole
+
+
+def test_weights_that_come_from_elsewhere_are_left_but_not_their_configuration() -> None:
+    chosen = downloads.select_files(FILES, Kind.SDXL, INDEX, without_weights={"unet"})
+    assert [path for path in chosen if path.startswith("unet/")] == ["unet/config.json"]
+
+
+# --- The way there ---------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_and_the_token_is_not(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(downloads, "SECONDS_BETWEEN_REPORTS", 0.0)
+    caplog.set_level(logging.DEBUG)
+    reports = Reports()
+    fetch(serve(token=TOKEN), tmp_path, TOKEN, report=reports)
+    assert reports[0] == f"asking the hub for {NAME}"
+    assert reports[-1] == f"downloading {NAME}: 9.1 of 9.1 MB, 100 %"
+    shares = [int(report.split()[-2]) for report in reports[1:]]
+    assert shares == sorted(shares)
+    assert TOKEN not in caplog.text + "".join(reports)
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["closed", "reset"])
+def test_a_broken_connection_is_taken_up_where_it_broke(serve: Any, tmp_path: Path, resets: bool) -> None:
+    hub = serve(token=TOKEN, breaks={UNET: 3_000_000}, resets=resets)
+    folder = fetch(hub, tmp_path, TOKEN)
+    assert (folder / UNET).read_bytes() == (DEMO / UNET).read_bytes()
+    (resumed,) = [range_ for _, path, range_ in hub.requests if path.endswith(UNET) and range_]
+    place = int(resumed.removeprefix("bytes=").removesuffix("-"))
+    # What had come but was not yet written is fetched again, and no more.
+    assert 0 < 3_000_000 - place <= 3 * downloads.PIECE if not resets else 0 < place <= 3_000_000
+
+
+def test_the_second_time_nothing_is_downloaded_and_nothing_is_needed(
+    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = serve()
+    folder = fetch(hub, tmp_path)
+    before = len(hub.downloaded())
+    assert fetch(hub, tmp_path) == folder
+    assert len(hub.downloaded()) == before
+    gone = Hub({}, url="http://127.0.0.1:9")
+    assert fetch(gone, tmp_path) == folder
+    assert f"the hub cannot be reached (ConnectError): taking {NAME} from the cache" in caplog.text
+
+
+def test_offline_mode_asks_nobody(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = serve()
+    folder = fetch(hub, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.requests)
+    assert fetch(hub, tmp_path) == folder
+    assert len(hub.requests) == before
+    assert "is not in the cache, or not all of it" in complaint(hub, tmp_path / "empty")
+
+
+def test_an_unfinished_download_is_not_taken_for_a_whole_one(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    hub = serve(models={NAME: model})
+    folder = fetch(hub, tmp_path / "cache")
+    (folder / UNET).resolve().unlink()
+    (folder / UNET).unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "is not in the cache, or not all of it" in complaint(hub, tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert (fetch(hub, tmp_path / "cache") / UNET).exists()
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------
+
+
+def test_every_refusal_says_what_to_do(serve: Any, tmp_path: Path) -> None:
+    closed, gated, denied = serve(token=TOKEN), serve(token=TOKEN, gated=True), serve(token=TOKEN, denied=True)
+    assert complaint(closed, tmp_path) == (
+        f"The hub wants a token for {NAME}, or there is no such model: set HUGGINGFACE_TOKEN to one of a user who may "
+        f"read {closed.url}/{NAME}."
+    )
+    assert complaint(closed, tmp_path, "hf_wrong") == (
+        f"The hub refuses the token for {NAME}: check HUGGINGFACE_TOKEN, which may be wrong or have expired."
+    )
+    assert complaint(gated, tmp_path, TOKEN) == (
+        f"{NAME} is gated, and the user of HUGGINGFACE_TOKEN has not been granted access: accept its conditions at "
+        f"{gated.url}/{NAME} and start again."
+    )
+    assert complaint(denied, tmp_path, TOKEN) == (
+        f"The hub denies HUGGINGFACE_TOKEN access to {NAME}: give the token the right to read {denied.url}/{NAME}."
+    )
+    assert complaint(closed, tmp_path, TOKEN, "someone/else") == (
+        f"There is no model someone/else on the hub at {closed.url}; check its name."
+    )
+
+
+def test_a_hub_that_is_not_there_or_not_well_is_told(serve: Any, tmp_path: Path) -> None:
+    for hub in (Hub({}, url="http://127.0.0.1:9"), serve(status=500)):
+        assert complaint(hub, tmp_path) == (
+            f"{NAME} is not in the cache, or not all of it, and the hub at {hub.url} cannot be reached; check the "
+            "network, or name a folder with --model_id."
+        )
+
+
+def test_a_repository_that_is_no_model_of_ours_is_told_before_its_weights_are_fetched(
+    serve: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"x")
+    shutil.copytree(DEMO, tmp_path / "b")
+    (tmp_path / "b" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    hub = serve(models={"a/a": tmp_path / "a", "b/b": tmp_path / "b"})
+    assert "a/a on the hub has no model_index.json" in complaint(hub, tmp_path / "cache", name="a/a")
+    assert "names the pipeline SanaPipeline" in complaint(hub, tmp_path / "cache", name="b/b")
+    assert not any(path.endswith(".safetensors") for path in hub.downloaded())
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.ENOSPC, "There is too little disk space for someone/shapes in "),
+        (errno.EACCES, "someone/shapes cannot be kept in "),
+        (errno.EROFS, "someone/shapes cannot be kept in "),
+    ],
+)
+def test_a_disk_that_cannot_take_it_is_told(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, says: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(code, "so it is")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    sentence = complaint(serve(), tmp_path)
+    assert sentence.startswith(says)
+    assert "HF_HOME" in sentence
