@@ -107,7 +107,7 @@ def test_help_explains_every_setting_and_its_default(tmp_path: Path) -> None:
         assert f"--{name}" in finished.stdout
         assert field.description
         assert "".join(field.description.split()) in words
-        default = "unset" if field.default is None else str(field.default)
+        default = "unset" if field.default in (None, ()) else str(field.default)
         assert f"(default:{''.join(default.split())})" in words
 
 
@@ -147,7 +147,7 @@ def test_underscores_and_hyphens_spaces_and_equals_signs_mean_the_same(arguments
 
 def test_every_setting_can_be_written_with_hyphens() -> None:
     for name, field in Settings.model_fields.items():
-        if field.default is not None:
+        if field.default not in (None, ()):
             assert getattr(read(f"--{name.replace('_', '-')}={field.default}"), name) == field.default
 
 

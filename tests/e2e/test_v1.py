@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from kserve import InferenceRESTClient, RESTConfig
-from PIL import Image
+from PIL import Image, ImageChops
 
 from tests.e2e.conftest import Server
 
@@ -98,7 +98,9 @@ class TestClients:
         assert [each["prompt"] for each in answer.json()["predictions"]] == [PROMPT, PROMPT, "a blue star"]
         assert seeds(answer) == [7, 8, 40]
         alone = client.post(PREDICT, json=instances(seed=8))
-        assert pictures(alone)[0].tobytes() == pictures(answer)[1].tobytes()
+        # In company a picture may differ by 2 of 255.
+        differences = ImageChops.difference(pictures(alone)[0], pictures(answer)[1]).getextrema()
+        assert max(high for _, high in differences) <= 2
 
     def test_instances_without_a_seed_get_different_ones(self, client: httpx.Client) -> None:
         answer = client.post(PREDICT, json=instances({"prompt": "b", **SMALL, "seed": None}, seed=None))
@@ -116,6 +118,13 @@ class TestClients:
             assert len(pictures(client.post(PREDICT, content=raw, headers={"Content-Type": content_type}))) == 1
         packed = client.post(PREDICT, content=gzip.compress(raw), headers={"Content-Encoding": "gzip"})
         assert len(pictures(packed)) == 1
+
+    def test_what_has_no_effect_is_told_in_the_log_once(self, server: Server, client: httpx.Client) -> None:
+        for _ in range(3):
+            pictures(client.post(PREDICT, json=instances(denoising_limit=0.8)))
+        told = [line for line in server.log().splitlines() if "denoising_limit has no effect" in line]
+        assert len(told) == 1
+        assert PROMPT not in server.log()
 
     def test_the_log_has_its_line_for_each_request(self, server: Server, client: httpx.Client) -> None:
         pictures(client.post(PREDICT, json=instances(), headers={"X-Request-Id": "v1-line"}))
@@ -293,9 +302,12 @@ class TestBadInput:
             ({"strength": 0.5}, "strength needs the input image."),
             ({"image": "http://169.254.169.254/latest"}, "addresses and file names are not read"),
             ({"image": "file:///etc/passwd"}, "addresses and file names are not read"),
-            ({"image": base64.b64encode(b"GIF89a").decode()}, "image cannot be read; send a whole PNG"),
+            ({"image": base64.b64encode(b"GIF89a").decode()}, "image is no PNG, JPEG or WebP file"),
             ({"image": png(16, 16)[:60]}, "image"),
-            ({"image": png(8192, 4096)}, "image has 8192 x 4096 pixels; at most 16777216 are read"),
+            (
+                {"image": png(8192, 4096)},
+                "image has 8192 x 4096 pixels; all images of a request may have 16777216 together",
+            ),
             ({"image": [[0, 0, 0]]}, "image must be a picture's file as base64 text"),
             ({"num_steps": 5}, "There is no parameter 'num_steps' (did you mean 'num_inference_steps'?)."),
             ({"guidance": None}, "There is no parameter 'guidance' (did you mean 'guidance_scale'?)."),
