@@ -18,7 +18,7 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 
 from app.engine.folders import ModelFolder, read_json
-from app.engine.loading import BIG, Format, Progress, check_shapes, load_folder, make_clip_tokenizer, told
+from app.engine.loading import BIG, Format, Progress, check_shapes, load_folder, make_clip_tokenizer, settle, told
 from app.engine.single_files import (
     BASE_ENCODER,
     BASE_ENCODER_2,
@@ -149,19 +149,7 @@ def _load_module(
         module = cls.from_single_file(
             tensors, config=str(file.config), subfolder=name, local_files_only=True, **options
         )
-        return _finish(module, numbers)
-
-
-def _finish(module: torch.nn.Module, numbers: Format) -> torch.nn.Module:
-    """Weights are used where they lie in the file; a CPU rounds differently where that is no multiple of 64 bytes.
-
-    The same model would paint pictures that differ in a few pixels, depending on the length of the file's header.
-    """
-    if numbers.aligned:
-        for parameter in module.parameters():
-            if parameter.data_ptr() % 64:
-                parameter.data = parameter.data.clone()
-    return module.eval()
+        return settle(module, numbers)
 
 
 def _load_text_encoder(file: SingleFile, name: str, tensors: Tensors, prefix: str, numbers: Format) -> Any:
@@ -183,7 +171,7 @@ def _load_text_encoder(file: SingleFile, name: str, tensors: Tensors, prefix: st
         encoder = single_file_utils.create_diffusers_clip_model_from_ldm(
             cls, checkpoint=own, torch_dtype=numbers.dtype, **options
         )
-        return _finish(encoder, numbers)
+        return settle(encoder, numbers)
 
 
 # --- FLUX ------------------------------------------------------------------------------------------------------

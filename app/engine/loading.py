@@ -28,6 +28,8 @@ from app.errors import ModelLoadFailed
 logger = logging.getLogger(__name__)
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+ALIGNMENT = 64
+"""Bytes; what torch gives its own tensors on a CPU."""
 BIG = ("unet", "transformer")
 """The components that quantization is for."""
 ORIGINS = (
@@ -49,7 +51,7 @@ class Format:
     Attributes:
         dtype: of all computation but the VAE's.
         quantization: configuration for the UNet or transformer, as diffusers takes it; ``None`` for none.
-        aligned: copy what a single file holds between the boundaries that the CPU computes along.
+        aligned: on the boundaries that a CPU computes along, see `settle`.
     """
 
     dtype: torch.dtype
@@ -143,6 +145,20 @@ def _load_component(component: Component, numbers: Format) -> Any:
     for name, in_file, expected in sorted(info["mismatched_keys"]):
         raise _wrong_shape(where, name, in_file, expected)
     check_names(where, info["missing_keys"], info["unexpected_keys"])
+    return settle(module, numbers)
+
+
+def settle(module: torch.nn.Module, numbers: Format) -> torch.nn.Module:
+    """Ready to compute: as it does wherever the weights came from.
+
+    diffusers uses weights where they lie in the file. A CPU rounds differently where that is no multiple of 64 bytes,
+    so that the same model would paint pictures that differ in a few pixels, depending on the length of the file's
+    header; and a file that somebody truncates would take the server along.
+    """
+    if numbers.aligned:
+        for parameter in module.parameters():
+            if parameter.data_ptr() % ALIGNMENT:
+                parameter.data = parameter.data.clone()
     return module.eval()
 
 

@@ -111,8 +111,6 @@ class SdxlFamily(Family[SdxlJob]):
         dtype = conditioning.positive[self._base.name].hidden.dtype
         legs = self._legs(request, conditioning, generator)
         latents, inpainting = self._latents(request, legs[0], generator, dtype)
-        # So few steps that none falls to the base: the refiner gets the base's noise, as from the stock pipeline.
-        legs = [leg for leg in legs if len(leg.timesteps)] or legs[:1]
         guided = bool(conditioning.negative)
         rescale = request.guidance_rescale if guided else None
         return SdxlJob(
@@ -142,8 +140,9 @@ class SdxlFamily(Family[SdxlJob]):
             base.scheduler_timesteps = schedulers.to_fraction(
                 base.scheduler, base.scheduler_timesteps, request.denoising_limit
             )
-            # Where an image is changed so little that nothing is left for the base, the refiner does it alone.
-            alone = request.image is not None and not len(base.scheduler_timesteps)
+            # Where an image is changed so little, or in so few steps, that none is left for the base, the refiner does
+            # it alone.
+            alone = not len(base.scheduler_timesteps)
             if not alone:
                 start = schedulers.from_fraction(
                     refiner.scheduler, refiner.scheduler.timesteps, request.denoising_limit

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -111,11 +111,16 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**environment, **extra}
 
 
+DEMO_FLAGS = ("--model_id", "demo", "--model_name", "sdxl")
+
+
 @contextmanager
-def running_server(folder: Path, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """A ready server of the demo model in an empty working directory; the last of two equal flags wins."""
+def running_server(
+    folder: Path, *flags: str, env: Mapping[str, str] | None = None, model: Sequence[str] = DEMO_FLAGS
+) -> Iterator[Server]:
+    """A ready server of the demo model in that working directory; the last of two equal flags wins."""
     log_path = folder / "server.log"
-    command = [sys.executable, "-m", "app", "--model_id", "demo", "--model_name", "sdxl", "--http_port", "0", *flags]
+    command = [sys.executable, "-m", "app", *model, "--http_port", "0", *flags]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=clean_environment(**(env or {})), stdout=log, stderr=subprocess.STDOUT

@@ -178,6 +178,13 @@ def test_what_base_and_refiner_have_in_common_is_held_once(
     assert "the refiner shares text_encoder_2 and tokenizer_2 and vae with the base" in caplog.text
 
 
+@pytest.mark.parametrize("refiner_id", [None, "demo"])
+def test_the_demo_brings_a_refiner_that_shares_what_it_can(refiner_id: str | None) -> None:
+    family = load(model_id="demo", use_refiner=True, refiner_id=refiner_id)
+    for name in ("text_encoder_2", "tokenizer_2", "vae"):
+        assert getattr(refiner_of(family), name) is getattr(family._pipeline, name)
+
+
 def test_what_differs_is_not_shared(folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     refiner = Path(shutil.copytree(folders / "refiner", tmp_path / "refiner"))
