@@ -111,6 +111,8 @@ class SdxlFamily(Family[SdxlJob]):
         dtype = conditioning.positive[self._base.name].hidden.dtype
         legs = self._legs(request, conditioning, generator)
         latents, inpainting = self._latents(request, legs[0], generator, dtype)
+        # So few steps that none falls to the base: the refiner gets the base's noise, as from the stock pipeline.
+        legs = [leg for leg in legs if len(leg.timesteps)] or legs[:1]
         guided = bool(conditioning.negative)
         rescale = request.guidance_rescale if guided else None
         return SdxlJob(

@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -130,6 +130,26 @@ class TestClients:
         pictures(client.post(PREDICT, json=instances(), headers={"X-Request-Id": "v1-line"}))
         (line,) = [line for line in server.log().splitlines() if "[v1-line] predict" in line]
         assert "model=sdxl status=200 images=1 queue_s=" in line
+
+
+def test_the_same_requests_are_served_with_a_refiner(start_server: Callable[..., Server]) -> None:
+    refined = start_server("--use_refiner")
+    sent = {
+        "prompt": PROMPT,
+        "guidance_scale": 8.0,
+        "num_inference_steps": 10,
+        "crops_coords_top_left": [256, 0],
+        "width": 96,
+        "height": 64,
+    }
+    with httpx.Client(base_url=refined.url, timeout=TIMEOUT) as client:
+        drawn = client.post(PREDICT, json={"instances": [{**sent, "denoising_limit": 0.8}]})
+        seed = seeds(drawn)[0]
+        alone = client.post(PREDICT, json={"instances": [{**sent, "denoising_limit": 1.0, "seed": seed}]})
+    (together,), (base,) = pictures(drawn), pictures(alone)
+    assert together.size == base.size == (96, 64)
+    assert together.tobytes() != base.tobytes()
+    assert "has no effect" not in refined.log()
 
 
 class TestPaths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from app.errors import GenerationFailed, OutOfMemory
 from app.generation import GenerateRequest
 from app.images import decode_images
 from tests.integration.stock import mask, ours, picture, png, theirs
+from tests.integration.test_half_precision import Overflowing
 from tests.tiny_flux import make_flux
 
 PROMPT = "a small red star on a white background"
@@ -329,3 +331,14 @@ def test_in_half_precision_too_every_pixel_is_that_of_the_stock_call(parameters:
     pair = Pair(FluxFamily(make_flux().to(dtype=torch.bfloat16)), make_flux().to(dtype=torch.bfloat16))
     pair.stock.set_progress_bar_config(disable=True)
     assert pair.agree(17, prompt=PROMPT, **SHORT, **parameters)
+
+
+def test_a_spoilt_picture_is_decoded_once_more_in_float32_and_counted(pair: Pair) -> None:
+    pipeline = FluxPipeline(**{**pair.stock.components, "vae": copy.deepcopy(pair.stock.vae).to(torch.bfloat16)})
+    pipeline.vae.decoder.conv_out = Overflowing(pipeline.vae.decoder.conv_out, float("nan"))
+    spoiling = FluxFamily(pipeline)
+    parameters: dict[str, Any] = {"prompt": PROMPT, "seed": 1, **SHORT}
+    painted = ours(spoiling, **parameters)
+    assert spoiling.decode_retries == 1
+    # The weights went through bfloat16 once, so the pictures are alike and not equal.
+    assert np.abs(painted.astype(int) - pair.ours(**parameters)).mean() < 5

@@ -70,6 +70,19 @@ def test_base_and_refiner_equal_the_stock_pipelines_in_a_row(
     assert np.array_equal(painted, in_a_row(stock, stock_refiner, 4, limit, **common))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_so_few_steps_that_hardly_any_is_the_bases_equal_the_stock_pipelines_too(
+    refined: SdxlFamily,
+    stock: StableDiffusionXLPipeline,
+    stock_refiner: StableDiffusionXLImg2ImgPipeline,
+    steps: int,
+) -> None:
+    """Of a single step, none is: the first timestep of the demo's schedule lies in the refiner's part."""
+    common = {"prompt": PROMPT, "num_inference_steps": steps}
+    painted = ours(refined, seed=4, denoising_limit=0.8, **common)
+    assert np.array_equal(painted, in_a_row(stock, stock_refiner, 4, 0.8, **common))
+
+
 @pytest.mark.parametrize("scheduler", ["Euler a", "DPM++ 2M Karras", "Heun", "DDIM", "UniPC", "DPM2", "LMS", "DEIS"])
 def test_every_kind_of_scheduler_is_handed_over_as_in_the_stock_pipelines(
     refined: SdxlFamily,

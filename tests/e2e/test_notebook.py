@@ -1,0 +1,41 @@
+"""The notebook of client examples runs as it stands, and shows what it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import nbformat
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import Server
+from tests.notebook import NOTEBOOK, execute
+
+# Of Jupyter's own making, on the way to its kernel.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+
+def pictures(notebook: Any) -> list[Image.Image]:
+    """What its cells display."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    files = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return [Image.open(io.BytesIO(base64.b64decode(file))) for file in files]
+
+
+def test_every_cell_runs_and_shows_its_pictures(server: Server) -> None:
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    run = execute(server.url)
+    assert [picture.size for picture in pictures(run)] == [picture.size for picture in pictures(kept)]
+    assert len(pictures(run)) >= 9
+
+
+def test_the_kept_notebook_was_run_in_order() -> None:
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(kept)
+    counts = [cell.execution_count for cell in kept.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
+    for picture in pictures(kept):
+        assert picture.convert("L").getextrema()[0] < picture.convert("L").getextrema()[1], "a picture of nothing"
