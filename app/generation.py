@@ -502,6 +502,8 @@ def _check_schedule(request: GenerateRequest, name: str, spacings: Sequence[str]
     values: tuple[float, ...] = getattr(request, name)
     if any(later >= earlier for earlier, later in itertools.pairwise(values)):
         raise InvalidRequest(f"{name} must fall from each number to the next.")
+    if name == "timesteps" and not all(value.is_integer() for value in values):
+        raise InvalidRequest("timesteps must be whole numbers.")
     if request.num_inference_steps not in (None, len(values)):
         raise InvalidRequest(f"{name} has {len(values)} numbers, so leave num_inference_steps out.")
     others = [*spacings, *(["timestep_spacing"] if request.timestep_spacing is not None else [])]

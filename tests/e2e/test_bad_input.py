@@ -324,12 +324,12 @@ class TestInputs:
                 (
                     "an image by address",
                     message(prompt(), tensor("image", "http://169.254.169.254/", datatype="BYTES")),
-                    "There is no input 'image'",
+                    "addresses and file names are not read.",
                 ),
                 (
                     "an image from a file",
-                    message(prompt(), tensor("image_url", "file:///etc/passwd", datatype="BYTES")),
-                    "There is no input 'image_url'",
+                    message(prompt(), tensor("mask_image", "/etc/passwd", datatype="BYTES")),
+                    "addresses and file names are not read.",
                 ),
             ]
         ),
@@ -365,7 +365,7 @@ class TestInputs:
                 (
                     "4000 digits times nothing",
                     message(prompt(shape=[10**3999, 0], data=[])),
-                    "shape must be [1] or [n]",
+                    "it has no element.",
                 ),
                 ("a million dimensions", message(prompt(shape=[1] * 1_000_000)), "at most 8 dimensions"),
                 ("nested too deeply", message(prompt(["a"])), "the nesting of data does not follow shape [1]."),
@@ -398,12 +398,12 @@ class TestInputs:
                 ("truth for a number", message(prompt(), tensor("clip_skip", True, datatype="BOOL")), "not BOOL."),
                 (
                     "truth as text",
-                    message(prompt(), tensor("clip_skip", "true", datatype="BOOL")),
+                    message(prompt(), tensor("use_karras_sigmas", "true", datatype="BOOL")),
                     "elements of BOOL data must be true or false.",
                 ),
                 (
                     "truth as number",
-                    message(prompt(), tensor("clip_skip", 1, datatype="BOOL")),
+                    message(prompt(), tensor("use_karras_sigmas", 1, datatype="BOOL")),
                     "must be true or false.",
                 ),
                 (
@@ -469,9 +469,14 @@ class TestInputs:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
             address = f"http://127.0.0.1:{listener.getsockname()[1]}/image.png"
-            for name in ("image", "image_url", "init_image", "mask_image"):
-                refused(infer(client, message(prompt(), tensor(name, address, datatype="BYTES"))), 400, "no input")
-                refused(infer(client, parameters(**{name: address})), 400, "There is no parameter")
+            for name, as_input, as_parameter in (
+                ("image", "addresses and file names are not read.", "image is an image; give it as an input."),
+                ("mask_image", "addresses and file names are not read.", "mask_image is an image; give it as an"),
+                ("image_url", "There is no input", "There is no parameter 'image_url'"),
+                ("init_image", "did you mean 'image'?", "did you mean 'image'?"),
+            ):
+                refused(infer(client, message(prompt(), tensor(name, address, datatype="BYTES"))), 400, as_input)
+                refused(infer(client, parameters(**{name: address})), 400, as_parameter)
             answer = client.post(INFER, json=message(prompt(address)))
             assert answer.status_code == 200
             with pytest.raises(BlockingIOError):
@@ -722,7 +727,30 @@ class TestValues:
                     {"guidance": 5},
                     "There is no parameter 'guidance' (did you mean 'guidance_scale'?)",
                 ),
-                ("steps by a short name", {"steps": 5}, "There is no parameter 'steps'"),
+                ("steps by a short name", {"steps": 5}, "'steps' (did you mean 'num_inference_steps'?)."),
+                ("a size in one", {"size": "64x64"}, "'size' (did you mean 'height' and 'width'?)."),
+                ("strength without image", {"strength": 0.5}, "strength needs the input image."),
+                ("a strength of 2", {"strength": 2}, "strength must be at most 1, not 2."),
+                ("two spacings", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of use_karras_sigmas"),
+                ("a spacing as text", {"use_karras_sigmas": "yes"}, "must be true or false, not 'yes'."),
+                (
+                    "a spacing that DDIM lacks",
+                    {"use_karras_sigmas": True, "scheduler": "DDIM"},
+                    "DDIM has no use_karras",
+                ),
+                ("an unknown spacing", {"timestep_spacing": "cubic"}, "must be one of linspace, leading, trailing"),
+                ("a list as parameter", {"timesteps": "999,500"}, "timesteps is a list; give it as an input"),
+                ("eta 2", {"eta": 2}, "eta must be at most 1, not 2."),
+                ("a score of 11", {"aesthetic_score": 11}, "aesthetic_score must be at most 10, not 11."),
+                ("a limit of 0", {"denoising_limit": 0}, "denoising_limit must be more than 0"),
+                ("a limit by its alias, twice", {"denoising_limit": 0.5, "high_noise_frac": 0.5}, "is given twice"),
+                ("a parameter of FLUX", {"true_cfg_scale": 2}, "This model does not take true_cfg_scale"),
+                ("adapters that are not there", {"loras": "style:0.5"}, "This model does not take loras"),
+                ("an adapter's scale in words", {"loras": "style:much"}, "the scale in 'style:much' is not a number."),
+                ("an adapter twice", {"loras": "a,a:2"}, "loras names an adapter twice."),
+                ("an adapter without name", {"loras": ":0.5"}, "loras must be names such as"),
+                ("a hundred adapters", {"loras": ",".join(map(str, range(100)))}, "at most 16 adapters"),
+                ("adapters without end", {"loras": "x," * 10_000}, "at most 4096 characters"),
                 ("a name like no other", {"zzz": 5}, "There is no parameter 'zzz'."),
                 ("an empty name", {"": 5}, "There is no parameter ''."),
                 ("a pair as parameter", {"original_size": "[64, 64]"}, "original_size is a pair; give it as an input"),
@@ -772,6 +800,56 @@ class TestValues:
                     "a pair of halves",
                     message(prompt(), tensor("original_size", 0.5, 2, datatype="FP32")),
                     "must be a whole number, not 0.5.",
+                ),
+                (
+                    "timesteps that rise",
+                    message(prompt(), tensor("timesteps", 1, 2)),
+                    "timesteps must fall from each number to the next.",
+                ),
+                (
+                    "timesteps and steps",
+                    message(prompt(), tensor("timesteps", 900, 400)),
+                    "timesteps has 2 numbers, so leave num_inference_steps out.",
+                ),
+                (
+                    "timesteps and sigmas",
+                    message(prompt(), tensor("timesteps", 900), tensor("sigmas", 14.6, datatype="FP32")),
+                    "Give timesteps or sigmas, not both.",
+                ),
+                (
+                    "timesteps that DDIM does not take",
+                    message(prompt(), tensor("timesteps", 900), parameters={**SMALL, "scheduler": "DDIM"}),
+                    "takes no timesteps of one's own",
+                ),
+                (
+                    "half a timestep",
+                    message(prompt(), tensor("timesteps", 900.5, datatype="FP32")),
+                    "timesteps must be whole numbers.",
+                ),
+                (
+                    "a timestep of 1e300",
+                    message(prompt(), tensor("timesteps", 1e300, datatype="FP64")),
+                    "timesteps must be at most 1000",
+                ),
+                (
+                    "a thousand and one sigmas",
+                    message(prompt(), tensor("sigmas", *range(1001, 0, -1))),
+                    "sigmas must be 1 to 1000 numbers",
+                ),
+                (
+                    "151 sigmas",
+                    message(prompt(), tensor("sigmas", *range(151, 0, -1)), parameters={}),
+                    "at most 150 numbers, not 151",
+                ),
+                (
+                    "a list in three dimensions",
+                    message(prompt(), tensor("sigmas", 1, shape=[1, 1, 1])),
+                    "shape must be [k] or [n, k], not [1, 1, 1].",
+                ),
+                (
+                    "adapters in two elements",
+                    message(prompt(), tensor("loras", "a", "b", datatype="BYTES")),
+                    "Several adapters for one prompt go into one text, with commas.",
                 ),
                 (
                     "two formats",
@@ -880,7 +958,7 @@ class TestPaths:
                 ("a version of 10000 letters", f"/v2/models/sdxl/versions/{'9' * 10_000}/infer", "has no version '999"),
                 ("an unknown path", "/v2/nothing", "There is nothing at /v2/nothing; see /docs for what there is."),
                 ("an endless path", "/" + "x" * 10_000, "There is nothing at /xxx"),
-                ("another protocol", "/v1/models/sdxl:predict", "There is nothing at /v1/models/sdxl:predict"),
+                ("another protocol", "/v3/models/sdxl:predict", "There is nothing at /v3/models/sdxl:predict"),
                 ("the model repository", "/v2/repository/index", "There is nothing at /v2/repository/index"),
                 ("a load", "/v2/repository/models/sdxl/load", "There is nothing at"),
                 ("an empty model", "/v2/models//infer", "There is nothing at"),
@@ -1067,7 +1145,7 @@ class TestClientsThatLeave:
 
     def test_of_which_there_are_many_end_only_their_own_generations(self, server: Server, client: httpx.Client) -> None:
         cancelled = server.metric("sdxl_cancelled_total")
-        content = json.dumps(parameters(width=256, height=256, num_inference_steps=150)).encode()
+        content = json.dumps(parameters(width=128, height=128, num_inference_steps=50)).encode()
         connections = [connect(server) for _ in range(20)]  # more than fit in one batch, so that some still wait
         for connection in connections:
             connection.sendall(head(len(content)) + content)
@@ -1101,7 +1179,7 @@ class TestKeys:
         for path in paths:
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
                 answer = outsider.request(method, path)
-                if path.startswith("/v2/health/"):
+                if path.startswith("/v2/health/") or path in ("/", "//"):
                     assert answer.status_code == (200 if method == "GET" else 405), (method, path)
                     continue
                 assert answer.status_code == 401, (method, path)
