@@ -163,6 +163,15 @@ def _cutoff(scheduler: Any, fraction: float) -> int:
     return round(trained - fraction * trained)
 
 
+def snapshot(scheduler: Any) -> Any:
+    """A copy that steps on its own; tensors are shared, as no scheduler writes into one that it keeps."""
+    twin = copy.copy(scheduler)
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list):
+            setattr(twin, name, list(value))
+    return twin
+
+
 def step_options(scheduler: Any, generator: torch.Generator, eta: float) -> dict[str, Any]:
     """Keyword arguments for ``scheduler.step``: stochastic ones draw from the image's own generator."""
     accepted = inspect.signature(scheduler.step).parameters

@@ -7,6 +7,7 @@ for the same weights, seed and parameters; with a refiner, the picture of the tw
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from app import images
 from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
-from app.engine.device import on_device
+from app.engine.device import Pace, on_device
 from app.engine.family import Family
 from app.engine.prompts import Embedding
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
@@ -46,6 +47,7 @@ class SdxlFamily(Family[SdxlJob]):
     ) -> None:
         self._pipeline = pipeline
         self._device: torch.device = pipeline._execution_device
+        self._pace = Pace(self._device)
         self._base = Part("base", pipeline, self._device)
         self._refiner = None if refiner is None else Part("refiner", refiner, self._device, self._base.vae)
         self._adapters = adapters
@@ -312,6 +314,7 @@ class SdxlFamily(Family[SdxlJob]):
             noise.update(zip(map(id, guided), steered.chunk(len(guided)), strict=True))
         for job in jobs:
             self._advance(job, noise[id(job)])
+        self._pace.wait()
 
     @staticmethod
     def _input(job: SdxlJob) -> torch.Tensor:
@@ -333,36 +336,40 @@ class SdxlFamily(Family[SdxlJob]):
         return torch.cat([_rescale(job, one, text) for job, one, text in parts])
 
     def _advance(self, job: SdxlJob, noise: torch.Tensor) -> None:
+        """All of a step or nothing: where memory ends in between, the job is tried again as it was."""
         leg = job.leg
+        scheduler = schedulers.snapshot(leg.scheduler)
+        drawn = job.generator.get_state()
         timestep = leg.scheduler_timesteps[job.leg_step]
-        job.latents = leg.scheduler.step(noise, timestep, job.latents, **leg.step_options, return_dict=False)[0]
-        if job.inpainting is not None and job.inpainting.masked_latents is None:
-            self._keep_unmasked(job, job.inpainting)
+        hands_over = job.leg_step + 1 == len(leg.timesteps) and job.leg_index + 1 < len(job.legs)
+        inpainting = job.inpainting
+        try:
+            latents = scheduler.step(noise, timestep, job.latents, **leg.step_options, return_dict=False)[0]
+            if inpainting is not None and inpainting.masked_latents is None:
+                latents = self._keep_unmasked(job, scheduler, latents, inpainting)
+            if inpainting is not None and hands_over:
+                # To the refiner, what the base has made so far is the picture.
+                fresh = randn_tensor(latents.shape, generator=job.generator, device=self._device, dtype=latents.dtype)
+                inpainting = Inpainting(inpainting.mask, latents, fresh, None)
+        except BaseException:
+            job.generator.set_state(drawn)
+            raise
+        leg.scheduler, job.latents, job.inpainting = scheduler, latents, inpainting
         job.step_index += 1
         job.leg_step += 1
-        if job.leg_step == len(leg.timesteps) and job.leg_index + 1 < len(job.legs):
-            self._hand_over(job)
+        if hands_over:
+            job.leg_index += 1
+            job.leg_step = 0
 
     @staticmethod
-    def _keep_unmasked(job: SdxlJob, inpainting: Inpainting) -> None:
-        """Put back what the mask does not cover, as noisy as the rest is."""
-        leg = job.leg
+    def _keep_unmasked(job: SdxlJob, scheduler: Any, latents: torch.Tensor, inpainting: Inpainting) -> torch.Tensor:
+        """`latents` with what the mask does not cover put back, as noisy as the rest is."""
         kept = inpainting.image_latents
-        if job.leg_step + 1 < len(leg.timesteps):
-            following = leg.scheduler_timesteps[job.leg_step + 1 : job.leg_step + 2]
-            kept = leg.scheduler.add_noise(kept, inpainting.noise, following)
-        job.latents = (1 - inpainting.mask) * kept + inpainting.mask * job.latents
-
-    def _hand_over(self, job: SdxlJob) -> None:
-        """From the base to the refiner, latents as they are."""
-        job.leg_index += 1
-        job.leg_step = 0
-        if job.inpainting is not None:
-            # To the refiner, what the base has made so far is the picture.
-            noise = randn_tensor(
-                job.latents.shape, generator=job.generator, device=self._device, dtype=job.latents.dtype
-            )
-            job.inpainting = Inpainting(job.inpainting.mask, job.latents, noise, None)
+        if job.leg_step + 1 < len(job.leg.timesteps):
+            following = job.leg.scheduler_timesteps[job.leg_step + 1 : job.leg_step + 2]
+            kept = scheduler.add_noise(kept, inpainting.noise, following)
+        mixed: torch.Tensor = (1 - inpainting.mask) * kept + inpainting.mask * latents
+        return mixed
 
     # --- decode ------------------------------------------------------------------------------------------------
 

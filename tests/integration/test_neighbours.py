@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from app.engine.batcher import Batcher
 from app.engine.sdxl import SdxlFamily
+from app.errors import OutOfMemory
 from app.generation import GeneratedImage, GenerateRequest
 from app.images import decode_images
 from app.telemetry import Telemetry
-from tests.integration.stock import mask, picture, png
+from tests.integration.stock import mask, ours, picture, png
 
 WAIT = 300.0
 SCHEDULERS = (None, "Euler a", "DPM++ 2M Karras", "DDIM", "LCM", "Heun")
@@ -123,3 +125,34 @@ def test_sixteen_requests_of_every_kind_at_once_give_the_pictures_that_each_give
     passes = telemetry.registry.get_sample_value("sdxl_images_per_forward_pass_count", {"model_name": "kinds"}) or 0.0
     steps = telemetry.registry.get_sample_value("sdxl_steps_total", {"model_name": "kinds"}) or 0.0
     assert passes <= steps / 2, "forward passes were hardly shared"
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "DPM++ SDE", "UniPC", "Heun", "LMS"]
+)
+@pytest.mark.parametrize("kind", ["text", "inpaint"])
+def test_a_step_that_did_not_fit_leaves_the_job_as_it_was(
+    refined: SdxlFamily, monkeypatch: pytest.MonkeyPatch, scheduler: str, kind: str
+) -> None:
+    parameters: dict[str, Any] = {"denoising_limit": 0.6, "num_inference_steps": 5, "scheduler": scheduler}
+    if kind == "inpaint":
+        (image, covered) = decode_images([("image", png(picture())), ("mask_image", png(mask()))], 10**6)
+        parameters |= {"image": image, "mask_image": covered}
+    request = refined.resolve(GenerateRequest(prompt="a red star", seed=3, **parameters))
+    wanted = ours(refined, prompt="a red star", seed=3, **parameters)
+    job = refined.begin(request, refined.encode(request))
+    while not job.done:
+        # Memory ends after the scheduler's own step: its counters and random numbers have moved on by then.
+        scheduler_class = type(job.leg.scheduler)
+        step = scheduler_class.step
+
+        def too_large(self: Any, *arguments: Any, step: Any = step, **options: Any) -> Any:
+            step(self, *arguments, **options)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(scheduler_class, "step", too_large)
+            with pytest.raises(OutOfMemory):
+                refined.step([job])
+        refined.step([job])
+    assert np.array_equal(refined.decode([job])[0], wanted)
