@@ -19,6 +19,10 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "clients" / "sdxl-client-examples.ipynb"
 
 
+FLAGS = ("--use_refiner", "true", "--refiner_id", "demo", "--warm_up", "false")
+"""What the server runs with, for the chapter on the refiner."""
+
+
 def execute(url: str) -> Any:
     """The notebook with the outputs of a run against the server at `url`.
 
@@ -41,5 +45,5 @@ def execute(url: str) -> Any:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), *FLAGS) as server:
         nbformat.write(execute(server.url), NOTEBOOK)

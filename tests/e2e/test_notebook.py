@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from typing import Any
 
 import nbformat
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import Server
-from tests.notebook import NOTEBOOK, execute
+from tests.notebook import FLAGS, NOTEBOOK, execute
 
 # Of Jupyter's own making, on the way to its kernel.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -24,9 +25,9 @@ def pictures(notebook: Any) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(file))) for file in files]
 
 
-def test_every_cell_runs_and_shows_its_pictures(server: Server) -> None:
+def test_every_cell_runs_and_shows_its_pictures(start_server: Callable[..., Server]) -> None:
     kept = nbformat.read(NOTEBOOK, as_version=4)
-    run = execute(server.url)
+    run = execute(start_server(*FLAGS).url)
     assert [picture.size for picture in pictures(run)] == [picture.size for picture in pictures(kept)]
     assert len(pictures(run)) >= 9
 
