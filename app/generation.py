@@ -91,10 +91,16 @@ class GenerateRequest:
         metadata=_parameter(Kind.TEXT, "For the second text encoder; the negative prompt unless given."),
     )
     height: int | None = field(
-        default=None, metadata=_parameter(Kind.INTEGER, "Height of the picture in pixels, a multiple of 8.", minimum=8)
+        default=None,
+        metadata=_parameter(
+            Kind.INTEGER, "Height of the picture in pixels, a multiple of 8; of 16 for FLUX.", minimum=8
+        ),
     )
     width: int | None = field(
-        default=None, metadata=_parameter(Kind.INTEGER, "Width of the picture in pixels, a multiple of 8.", minimum=8)
+        default=None,
+        metadata=_parameter(
+            Kind.INTEGER, "Width of the picture in pixels, a multiple of 8; of 16 for FLUX.", minimum=8
+        ),
     )
     num_inference_steps: int | None = field(
         default=None, metadata=_parameter(Kind.INTEGER, "Denoising steps.", minimum=1)

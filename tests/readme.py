@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from app.engine.flux_requests import PARAMETERS as FLUX_PARAMETERS
 from app.engine.scheduler_names import NAMES
+from app.engine.sdxl import OTHERS_PARAMETERS
+from app.engine.sdxl_requests import SCORES
 from app.generation import PARAMETERS, Kind
 from app.main import create_app
 from app.settings import Settings
@@ -31,8 +34,15 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def parameters() -> str:
-    rows = [[f"`{p.name}`", DATATYPES[p.kind], p.description] for p in PARAMETERS.values()]
-    return table("name | datatype | meaning", rows)
+    rows = [[f"`{p.name}`", DATATYPES[p.kind], p.description, _model(p.name)] for p in PARAMETERS.values()]
+    return table("name | datatype | meaning | only for", rows)
+
+
+def _model(name: str) -> str:
+    """Which model a parameter is for, where it is not for every one."""
+    if name in ("denoising_limit", *SCORES):
+        return "SDXL with a refiner"
+    return "FLUX" if name in OTHERS_PARAMETERS else "SDXL" if name not in FLUX_PARAMETERS else ""
 
 
 def schedulers() -> str:
