@@ -31,6 +31,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.solo
 	$(BIN)/python -m tests.benchmarks.probes
 	$(BIN)/python -m tests.benchmarks.load
+	$(BIN)/python -m tests.benchmarks.memory
 	$(BIN)/python -m tests.readme
 
 # With CUDA, on the base image that the Containerfile names; `make image BUILD='docker build' IMAGE=registry/name:tag`.
