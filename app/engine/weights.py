@@ -49,9 +49,14 @@ def load_family(settings: Settings, report: Report = lambda _: None) -> Family[A
         report(phase)
 
     say("checking files")
-    base = find_base(settings, say)
-    rest = _rest_of_flux(settings, base, say) if isinstance(base, SingleFile) and base.kind is Kind.FLUX else None
-    refiner = find_refiner(settings, base, say) if settings.use_refiner else None
+    try:
+        base = find_base(settings, say)
+        rest = _rest_of_flux(settings, base, say) if isinstance(base, SingleFile) and base.kind is Kind.FLUX else None
+        refiner = find_refiner(settings, base, say) if settings.use_refiner else None
+    except OSError as error:
+        raise ModelLoadFailed(
+            f"{error.filename} cannot be read ({error.strerror}); give the user of this server the right to read it."
+        ) from None
     if not settings.use_refiner and (settings.refiner_id or settings.refiner_single_file_model):
         logger.warning("a refiner is named but not loaded; --use_refiner loads it")
 
@@ -80,8 +85,7 @@ def find_base(settings: Settings, report: Report) -> Source:
         ModelLoadFailed: there is none, it is broken, or it is not of the type that was asked for.
     """
     if settings.single_file_model is not None:
-        folder = Path(settings.model_id)
-        near = (folder,) if folder.is_dir() else ()
+        near = _near(settings.model_id, "sdxl", "flux")
         source: Source = read_single_file(settings.single_file_model, settings.config_dir, "config_dir", near)
     else:
         source = read_folder(find_folder(settings, report), full_precision=settings.dtype == "float32")
@@ -122,13 +126,11 @@ def find_refiner(settings: Settings, base: Source, report: Report) -> Source:
     """
     if base.kind is not Kind.SDXL:
         raise ModelLoadFailed(f"--use_refiner is for SDXL, but {base.path} holds {NAMES[base.kind]}; leave it out.")
+    refiner_id = settings.refiner_id or (DEMO if settings.model_id == DEMO else None)
     if settings.refiner_single_file_model is not None:
-        named = Path(settings.refiner_id) if settings.refiner_id else None
-        near = (named,) if named is not None and named.is_dir() else ()
         path, config = settings.refiner_single_file_model, settings.refiner_config_dir
-        source: Source = read_single_file(path, config, "refiner_config_dir", near)
+        source: Source = read_single_file(path, config, "refiner_config_dir", _near(refiner_id, "refiner"))
     else:
-        refiner_id = settings.refiner_id or (DEMO if _is_demo(settings) else None)
         if refiner_id is None:
             raise ModelLoadFailed(
                 "--use_refiner needs a refiner; name one with --refiner_id or --refiner_single_file_model."
@@ -146,8 +148,11 @@ def find_refiner(settings: Settings, base: Source, report: Report) -> Source:
     return source
 
 
-def _is_demo(settings: Settings) -> bool:
-    return settings.model_id == DEMO and settings.single_file_model is None
+def _near(name: str | None, *demos: str) -> tuple[Path, ...]:
+    """Folders that may configure a single file besides which `name` is given."""
+    if name == DEMO:
+        return tuple(DEMO_WEIGHTS / demo for demo in demos)
+    return (Path(name),) if name is not None and Path(name).is_dir() else ()
 
 
 def _resolve(settings: Settings, name: str, flag: str, report: Report) -> Path:

@@ -97,6 +97,18 @@ def test_a_single_file_finds_its_configuration_beside_it_and_under_model_id(fold
     assert np.array_equal(ours(load(single_file_model=inside), seed=1, **COMMON), expected)
 
 
+def test_single_files_of_the_demo_are_configured_by_the_demo(folders: Path, tmp_path: Path) -> None:
+    refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(DEMO_WEIGHTS / "refiner", dtype=torch.float32)
+    files = {
+        "single_file_model": folders / "base.safetensors",
+        "refiner_single_file_model": exporting.export_sdxl(refiner, tmp_path / "refiner.safetensors"),
+    }
+    family, expected = (load(model_id="demo", use_refiner=True, **each) for each in (files, {}))
+    for limit in (0.6, 1.0):
+        asked = {**COMMON, "seed": 8, "denoising_limit": limit}
+        assert np.array_equal(ours(family, **asked), ours(expected, **asked))
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"])
 def test_a_folder_of_another_pipeline_paints_the_same(stock: StableDiffusionXLPipeline, model: Path, name: str) -> None:
     index = json.loads((model / "model_index.json").read_text())

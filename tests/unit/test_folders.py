@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +206,20 @@ def test_a_broken_index_of_shards_is_named(model: Path, index: object, file: str
     sentence = complaint(model)
     assert sentence.startswith(str(model / "unet" / file if file else path))
     assert says in sentence
+
+
+def test_a_folder_that_may_not_be_read_is_told_so(model: Path) -> None:
+    (model / "vae").chmod(0)
+    # The superuser reads everything: ask as somebody else, in a process that has imported what it needs.
+    code = (
+        "import os, sys\n"
+        "from app.engine.weights import load_family; from app.settings import Settings\n"
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "try: load_family(Settings(model_id=sys.argv[1]))\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True).stdout
+    (model / "vae").chmod(0o755)
+    assert said.startswith(f"ModelLoadFailed {model}")
+    assert said.endswith(" cannot be read (Permission denied); give the user of this server the right to read it.\n")
+    assert said.count("\n") == 1
