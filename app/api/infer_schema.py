@@ -153,13 +153,14 @@ def examples(offer: Offer) -> dict[str, Any]:
     """Requests to try, each within the limits and for a task that the model has."""
     steps = min(20, offer.limits.max_steps)
     prompt = _bytes("prompt", EXAMPLE_PROMPT)
-    star, image = _bytes("prompt", "a blue star on a white background"), _bytes("image", EXAMPLE_IMAGE)
+    blue, star = (_bytes("prompt", f"a blue {shape} on a white background") for shape in ("circle", "star"))
+    image = _bytes("image", EXAMPLE_IMAGE)
     by_task = {
         ImageTask.TEXT_TO_IMAGE: _text_examples(offer, prompt, steps),
         ImageTask.IMAGE_TO_IMAGE: {
             "image": {
                 "summary": "From one image to another",
-                "value": {"inputs": [star, image], "parameters": {"strength": 0.8, "seed": 7}},
+                "value": {"inputs": [blue, image], "parameters": {"strength": 0.8, "seed": 7, **offer.usual_size}},
             }
         },
         ImageTask.INPAINT: {
@@ -167,7 +168,7 @@ def examples(offer: Offer) -> dict[str, Any]:
                 "summary": "Part of an image painted again",
                 "value": {
                     "inputs": [star, image, _bytes("mask_image", EXAMPLE_MASK)],
-                    "parameters": {"strength": 1.0, "seed": 7},
+                    "parameters": {"strength": 0.95, "seed": 7, **offer.usual_size},
                 },
             }
         },

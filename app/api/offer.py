@@ -55,10 +55,8 @@ EXAMPLE_IMAGE = (
     "G8FONgcrNcnrcXrvlfoAVy4aHSoIu8MAAAAASUVORK5CYII="
 )
 """A red circle on white, 64 x 64 pixels, as base64 of a PNG."""
-EXAMPLE_MASK = (
-    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAGklEQVR42mP8z8DAwMjAwMDEAAWjjFEG8QwA0VoBgMkWCAUAAAAASUVORK5CYII="
-)
-"""Of the same size; its left half is white, to be painted again."""
+EXAMPLE_MASK = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAHklEQVR42mNgIAcwMv9hYGBgYDjIBBMZZQx1BnkAAADDAihDeDNBAAAAAElFTkSuQmCC"
+"""Of the same size; white, to be painted again, but for its margin."""
 
 
 class Offer:
@@ -94,6 +92,13 @@ class Offer:
         """The largest height and width that fit together, however they are paired."""
         side = min(self.limits.max_side, math.isqrt(self.limits.max_pixels))
         return side // self.size_step * self.size_step
+
+    @property
+    def usual_size(self) -> dict[str, int]:
+        """The model's own height and width, where the limits let it have them."""
+        default = self._defaults.get(ImageTask.TEXT_TO_IMAGE)
+        sizes = {"height": default.height, "width": default.width} if default else {}
+        return {name: size for name, size in sizes.items() if size is not None and size <= self.longest_side}
 
     def takes(self, name: str) -> bool:
         return name in self._family.parameters

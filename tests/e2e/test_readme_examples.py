@@ -58,12 +58,16 @@ def test_every_example_runs_as_it_stands(server: Server, tmp_path: Path) -> None
         assert (done.returncode, done.stderr) == (0, ""), text
         answers.append(done.stdout)
     pictures = {path.name: Image.open(path).convert("RGB") for path in tmp_path.glob("*.png")}
-    assert set(pictures) == {"circle.png", "blue.png", "mixed.png", "styled.png"}
-    circle, mixed = pictures["circle.png"], pictures["mixed.png"]
-    # Inpainting keeps the right half, but for what the decoder makes of it.
-    right = (80, 0, 128, 128)
-    pairs = zip(circle.crop(right).tobytes(), mixed.crop(right).tobytes(), strict=True)
-    assert sum(abs(one - other) for one, other in pairs) / (48 * 128 * 3) < 8
+    assert set(pictures) == {"circle.png", "blue.png", "star.png", "styled.png"}
+    circle, star = pictures["circle.png"], pictures["star.png"]
+    # Inpainting keeps the margin, but for what the decoder makes of it.
+    for margin in ((0, 0, 128, 8), (0, 120, 128, 128)):
+        pairs = zip(circle.crop(margin).tobytes(), star.crop(margin).tobytes(), strict=True)
+        assert max(abs(one - other) for one, other in pairs) < 16
+    # Where there was red is blue now.
+    for name, channel in (("circle.png", 0), ("blue.png", 2), ("star.png", 2)):
+        middle = pictures[name].getpixel((64, 64))
+        assert isinstance(middle, tuple) and middle[channel] == max(middle) > 2 * min(middle), name
     assert circle.tobytes() != pictures["styled.png"].tobytes()
     answer = json.loads((tmp_path / "answer.json").read_text())
     assert base64.b64decode(answer["outputs"][0]["data"][0]).startswith(b"\x89PNG")
