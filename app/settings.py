@@ -293,7 +293,8 @@ def _from_text(value: str | list[str], field: FieldInfo) -> object:
     """An empty value or ``none`` means "unset" where a setting may be unset; pydantic reads everything else."""
     if _repeatable(field):
         given = [value] if isinstance(value, str) else value
-        return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
+        parts = [part.strip() for text in given for part in text.split(",")]
+        return () if [part.lower() for part in parts] == ["none"] else tuple(filter(None, parts))
     assert isinstance(value, str)
     optional = type(None) in typing.get_args(field.annotation)
     if optional and value.strip().lower() in ("", "none"):
@@ -346,5 +347,5 @@ def _metavar(field: FieldInfo) -> str:
         return "{" + ",".join(typing.get_args(annotation)) + "}"
     if isinstance(annotation, types.UnionType):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    names: dict[Any, str] = {bool: "true|false", int: "N", float: "SECONDS", Path: "FILE", SecretStr: "KEY"}
+    names: dict[Any, str] = {bool: "true|false", int: "N", float: "SECONDS", Path: "PATH", SecretStr: "KEY"}
     return names.get(annotation, "TEXT")

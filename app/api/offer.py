@@ -55,7 +55,10 @@ EXAMPLE_IMAGE = (
     "G8FONgcrNcnrcXrvlfoAVy4aHSoIu8MAAAAASUVORK5CYII="
 )
 """A red circle on white, 64 x 64 pixels, as base64 of a PNG."""
-EXAMPLE_MASK = "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAHklEQVR42mNgIAcwMv9hYGBgYDjIBBMZZQx1BnkAAADDAihDeDNBAAAAAElFTkSuQmCC"
+EXAMPLE_MASK = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAHklEQVR42mNgIAcwMv9hYGBgYDjIBBMZZQx1BnkAAADDAihDeDNB"
+    "AAAAAElFTkSuQmCC"
+)
 """Of the same size; white, to be painted again, but for its margin."""
 
 

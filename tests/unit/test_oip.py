@@ -331,20 +331,189 @@ JSON = st.recursive(
 )
 
 
-@given(
-    st.fixed_dictionaries(
-        {"inputs": st.lists(st.fixed_dictionaries({"name": st.sampled_from(sorted(PARAMETERS)), "shape": JSON,
-                                                   "datatype": st.sampled_from(["BYTES", "INT64", "FP32", "x"]),
-                                                   "data": JSON}), max_size=3)},
-        optional={"parameters": st.dictionaries(st.sampled_from(sorted(PARAMETERS)), JSON, max_size=3), "id": JSON,
-                  "outputs": JSON},
-    )
-)  # fmt: skip
-def test_any_json_becomes_a_call_or_a_sentence(document: dict[str, Any]) -> None:
+DATATYPES = ["BYTES", "INT64", "FP32", "UINT8", "BOOL", "x"]
+INPUT = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(sorted(PARAMETERS)),
+        "shape": st.lists(st.integers(-1, 4), max_size=4) | JSON,
+        "datatype": st.sampled_from(DATATYPES),
+    },
+    optional={
+        "data": JSON
+        | st.lists(st.integers(0, 255), max_size=24)
+        | st.lists(st.text("/+AZ09=:,", max_size=9), max_size=3),
+        "parameters": st.fixed_dictionaries({}, optional={"binary_data_size": st.integers(0, 60) | JSON}),
+    },
+)
+MESSAGE = st.fixed_dictionaries(
+    {"inputs": st.lists(INPUT, max_size=3).map(lambda inputs: [PROMPT, *inputs])},
+    optional={
+        "parameters": st.dictionaries(st.sampled_from(sorted(PARAMETERS)), JSON, max_size=3),
+        "id": JSON,
+        "outputs": JSON,
+    },
+)
+
+
+@given(MESSAGE, st.binary(max_size=60), st.booleans())
+def test_any_message_becomes_a_call_or_a_sentence(document: dict[str, Any], tail: bytes, behind: bool) -> None:
+    raw = json.dumps(document).encode()
     try:
-        parse_infer(json.dumps(document).encode(), None)
+        call = parse_infer(raw + tail, str(len(raw))) if behind else parse_infer(raw, None)
     except InvalidRequest as error:
-        assert str(error).encode()
+        assert str(error).encode() and len(str(error)) < 600
+        return
+    for request in call.requests:
+        for picture in (request.image, request.mask_image):
+            if isinstance(picture, Pixels):
+                assert len(picture.data) == picture.height * picture.width * picture.channels > 0
+
+
+# --- Images, lists, truths and adapters ------------------------------------------------------------------------
+
+FILE = b"\x89PNG\r\n\x1a\n and what follows"
+TEXT = base64.b64encode(FILE).decode()
+
+
+def binary_input(name: str, datatype: str, shape: list[int], data: bytes) -> InferCall:
+    sized = {"name": name, "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": len(data)}}
+    return binary({"inputs": [PROMPT, sized]}, data)
+
+
+@pytest.mark.parametrize("name", ["image", "mask_image"])
+def test_a_file_is_base64_in_json_and_itself_in_binary(name: str) -> None:
+    broken = "\n".join(TEXT[i : i + 10] for i in range(0, len(TEXT), 10))
+    for text in (TEXT, broken, f" {TEXT}\t", f"data:image/png;base64,{TEXT}", f"DATA:image/webp;x=y;BASE64,{TEXT}"):
+        assert getattr(parse(PROMPT, tensor(name, "BYTES", [text])).requests[0], name) == FILE
+    assert getattr(binary_input(name, "BYTES", [1], write_strings([FILE])).requests[0], name) == FILE
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("image", [2, 1, 3], [Pixels(bytes(range(6)), 2, 1)]),
+        ("image", [2, 1, 1, 3], [Pixels(bytes(range(3)), 1, 1), Pixels(bytes(range(3, 6)), 1, 1)]),
+        ("mask_image", [2, 5], [Pixels(bytes(range(10)), 2, 5, 1)]),
+        ("mask_image", [2, 2, 2], [Pixels(bytes(range(4)), 2, 2, 1), Pixels(bytes(range(4, 8)), 2, 2, 1)]),
+    ],
+)
+def test_pixels_are_numbers_in_json_flat_or_nested_and_bytes_in_binary(
+    name: str, shape: list[int], expected: list[Pixels]
+) -> None:
+    count = int(np.prod(shape))
+    prompts = tensor("prompt", "BYTES", ["a"] * len(expected))
+    nested = np.arange(count).reshape(shape).tolist()
+    for data in (list(range(count)), nested):
+        call = parse(prompts, tensor(name, "UINT8", data, shape))
+        assert [getattr(request, name) for request in call.requests] == expected
+    sized = {"name": name, "shape": shape, "datatype": "UINT8", "parameters": {"binary_data_size": count}}
+    call = binary({"inputs": [prompts, sized]}, bytes(range(count)))
+    assert [getattr(request, name) for request in call.requests] == expected
+
+
+def test_one_image_serves_all_prompts() -> None:
+    call = parse(tensor("prompt", "BYTES", ["a", "b"]), tensor("image", "BYTES", [TEXT]))
+    assert [request.image for request in call.requests] == [FILE, FILE]
+    assert [request.task.value for request in call.requests] == ["image-to-image"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "shape", "data", "message"),
+    [
+        ("image", "BYTES", [1], ["http://169.254.169.254/"], "addresses and file names are not read"),
+        ("image", "BYTES", [1], ["/etc/passwd"], "addresses and file names are not read"),
+        ("image", "BYTES", [1], [TEXT.rstrip("=")[:-1]], "must be a file's bytes"),
+        ("image", "BYTES", [1], [TEXT.replace("+", "-").replace("/", "_") + "_"], "must be a file's bytes"),
+        ("image", "BYTES", [1], ["é"], "must be a file's bytes"),
+        ("image", "BYTES", [1], ["data:image/png,abcd"], "a data URL without ';base64,'"),
+        ("image", "BYTES", [1], ["data:image/png;base64"], "a data URL without ';base64,'"),
+        ("image", "BYTES", [1, 1], [TEXT], r"shape must be \[1\] or \[n\]"),
+        ("image", "FP32", [1, 1, 3], [0.0, 0.5, 1.0], "must be BYTES or UINT8, not FP32"),
+        ("image", "UINT8", [3], [1, 2, 3], r"\[h, w, 3\] or \[n, h, w, 3\]"),
+        ("image", "UINT8", [1, 2], [1, 2], r"\[h, w, 3\]"),
+        ("image", "UINT8", [1, 1, 4], [1, 2, 3, 4], r"\[h, w, 3\]"),
+        ("image", "UINT8", [3, 1, 1], [1, 2, 3], r"\[h, w, 3\]"),
+        ("image", "UINT8", [1, 1, 1, 1, 3], [1, 2, 3], r"\[h, w, 3\]"),
+        ("image", "UINT8", [0, 1, 3], [], "no element"),
+        ("image", "UINT8", [-1, 1, 3], [], "negative"),
+        ("image", "UINT8", [], [1], r"\[h, w, 3\]"),
+        ("image", "UINT8", [1, 1, 3], [0, 0, 256], "does not fit UINT8"),
+        ("image", "UINT8", [1, 1, 3], [0, 0, True], "must be numbers"),
+        ("image", "UINT8", [1, 1, 3], [0, 0], "needs 3 elements"),
+        ("image", "UINT8", [2, 1, 1, 3], [0] * 6, "image has 2 values"),
+        ("image", "UINT8", [4096, 4096, 3], [0], "at most 3145728 elements"),
+        ("image", "UINT8", [2**30, 2**30, 3], [0], "more elements than a request"),
+        ("mask_image", "UINT8", [4], [0] * 4, r"\[h, w\] or \[n, h, w\]"),
+        ("mask_image", "UINT8", [2, 2, 3], [0] * 12, r"\[h, w\] or \[n, h, w\]"),
+        ("mask_image", "UINT8", [2, 2, 1], [0] * 4, r"\[h, w\] or \[n, h, w\]"),
+        ("mask_image", "BOOL", [2, 2], [True] * 4, "must be BYTES or UINT8, not BOOL"),
+        ("timesteps", "INT64", [2], [10**4000, 7.0], "does not fit INT64"),
+        ("use_karras_sigmas", "BOOL", [1], ["true"], "true or false"),
+        ("use_karras_sigmas", "INT64", [1], [1], "must be BOOL, not INT64"),
+        ("use_karras_sigmas", "BOOL", [2], [True, False], "it needs 1"),
+        ("timesteps", "INT64", [0], [], "no element"),
+        ("timesteps", "BYTES", [1], ["999"], "number type"),
+        ("timesteps", "INT64", [1, 1, 1], [999], r"\[k\] or \[n, k\]"),
+        ("timesteps", "INT64", [2, 1], [999, 998], "timesteps has 2 values"),
+        ("sigmas", "FP32", [1], [-0.5], "at least 0"),
+        ("sigmas", "INT64", [1001], list(range(1001, 0, -1)), "1 to 1000 numbers"),
+        ("loras", "BYTES", [1], ["a:b"], "not a number"),
+        ("loras", "BYTES", [1], ["a:1_0"], "not a number"),
+        ("loras", "BYTES", [1], ["a:nan"], "not a number"),
+        ("loras", "BYTES", [1], ["a:1e999"], "finite"),
+        ("loras", "BYTES", [1], ["a:11"], "at most 10"),
+        ("loras", "BYTES", [1], ["a, a"], "twice"),
+        ("loras", "BYTES", [1], [": 1"], "must be names such as"),
+        ("loras", "BYTES", [1], ["a\0"], "NUL"),
+        ("loras", "BYTES", [2], ["a", "b"], "go into one text"),
+        ("loras", "INT64", [1], [1], "must be BYTES"),
+    ],
+)
+def test_what_the_newer_inputs_cannot_be_is_refused_with_a_sentence(
+    name: str, datatype: str, shape: list[int], data: list[Any], message: str
+) -> None:
+    sent = {"name": name, "shape": shape, "datatype": datatype, "data": data}
+    with pytest.raises(InvalidRequest, match=message):
+        parse(PROMPT, sent)
+
+
+def test_binary_pixels_must_be_exactly_those_of_the_shape() -> None:
+    for size in (0, 11, 13):
+        with pytest.raises(InvalidRequest, match=rf"needs 12 bytes, got {size}"):
+            binary_input("image", "UINT8", [2, 2, 3], bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ()),
+        (" , ", ()),
+        ("a", (("a", 1.0),)),
+        ("a:0.5", (("a", 0.5),)),
+        (" a : -.5 , b-2.x:1e-1", (("a", -0.5), ("b-2.x", 0.1))),
+        ("org/a:0", (("org/a", 0.0),)),
+    ],
+)
+def test_adapters_are_names_with_scales(text: str, expected: tuple[tuple[str, float], ...]) -> None:
+    assert parse(PROMPT, parameters={"loras": text}).requests[0].loras == expected
+    assert binary_input("loras", "BYTES", [1], write_strings([text.encode()])).requests[0].loras == expected
+
+
+def test_truths_and_lists_come_in_binary_too() -> None:
+    assert binary_input("use_karras_sigmas", "BOOL", [1], b"\1").requests[0].use_karras_sigmas is True
+    assert binary_input("timesteps", "INT64", [2], struct.pack("<2q", 900, 1)).requests[0].timesteps == (900.0, 1.0)
+    assert binary_input("sigmas", "FP32", [2], struct.pack("<2f", 2, 0.5)).requests[0].sigmas == (2.0, 0.5)
+    with pytest.raises(InvalidRequest, match="NaN or infinity"):
+        binary_input("sigmas", "FP32", [1], struct.pack("<f", float("nan")))
+
+
+def test_a_body_of_millions_of_numbers_is_refused_before_it_is_read() -> None:
+    raw = body(PROMPT)[:-2] + b', {"name": "image", "shape": [1], "datatype": "UINT8", "data": ['
+    with pytest.raises(InvalidRequest, match="too many values; send large tensors as binary data"):
+        parse_infer(raw + b"0," * 5_000_000 + b"0]}]}", None)
+    # A file of the same size is one value.
+    large = tensor("image", "BYTES", ["A" * 10_000_000])
+    assert len(parse(PROMPT, large).requests[0].image or b"") == 7_500_000
 
 
 def test_pixels_need_one_size_and_binary_form_when_they_are_many() -> None:
