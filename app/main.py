@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from app import surroundings
-from app.api import documentation, edge, oip, v1
+from app.api import documentation, edge, oip, requests, stream, v1
 from app.api.server import Connection, Server
 from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
@@ -114,6 +114,8 @@ def create_app(
     edge.install_error_handlers(app)
     serving = Serving(repository, telemetry, settings)
     app.include_router(oip.router(serving, version))
+    app.include_router(stream.router(serving))
+    app.include_router(requests.router(repository))
     app.include_router(v1.router(serving))
     if settings.enable_docs_url:
         documentation.install(app, settings, model)

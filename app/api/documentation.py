@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict
 
-from app.api import edge, infer_schema, predict_schema
+from app.api import edge, generate_schema, infer_schema, predict_schema
 from app.api.offer import Offer
 from app.engine.family import Family
 from app.engine.repository import Model
@@ -45,14 +46,14 @@ _ERRORS = {
         "There is no parameter 'num_steps' (did you mean 'num_inference_steps'?).",
     ),
     401: ("The key is missing or wrong.", "Send the server's key as 'Authorization: Bearer KEY'."),
-    404: ("No such model, or not in that version.", "The model sdxl has no version '2'; it has 1."),
+    404: ("No such model, or not in that version; or no such request.", "The model sdxl has no version '2'; it has 1."),
     408: ("The body did not arrive in time.", "The body did not arrive within 30 seconds."),
     413: ("The body is too large.", "The body has more than 33554432 bytes (the server's setting max_body_size)."),
     415: (
         "The body is packed in an unknown way.",
         "The content encoding 'br' is not spoken here; use gzip or deflate.",
     ),
-    422: (
+    409: (
         "The Idempotency-Key came with another request before.",
         "This Idempotency-Key came with another request before; take a new key for a new request.",
     ),
@@ -73,7 +74,17 @@ _ERRORS = {
 
 _INFER_SCHEMA = "#/components/schemas/InferenceRequest"
 _PREDICT_SCHEMA = "#/components/schemas/PredictRequest"
-_GENERATIONS = {_INFER_SCHEMA: infer_schema, _PREDICT_SCHEMA: predict_schema}
+_GENERATE_SCHEMA = "#/components/schemas/GenerateRequest"
+_GENERATE_STREAM_SCHEMA = "#/components/schemas/GenerateStreamRequest"
+_INFER_STREAM_SCHEMA = "#/components/schemas/InferenceStreamRequest"
+_WORDS: Mapping[str, tuple[Callable[[Offer], str], Callable[[Offer], dict[str, Any]]]] = {
+    _INFER_SCHEMA: (infer_schema.description, infer_schema.examples),
+    _PREDICT_SCHEMA: (predict_schema.description, predict_schema.examples),
+    _GENERATE_SCHEMA: (generate_schema.description, generate_schema.examples),
+    _GENERATE_STREAM_SCHEMA: (generate_schema.stream_description, generate_schema.stream_examples),
+    _INFER_STREAM_SCHEMA: (generate_schema.infer_stream_description, generate_schema.infer_stream_examples),
+}
+"""Description and examples for each kind of body."""
 
 _HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
@@ -100,6 +111,20 @@ _HEADERS: dict[str, dict[str, Any]] = {
         "description": "In a binary answer: the number of bytes of JSON before the tensors' bytes.",
         "schema": {"type": "integer", "minimum": 1},
     },
+}
+
+_IDEMPOTENCY_KEY = {
+    "name": edge.IDEMPOTENCY_KEY,
+    "in": "header",
+    "description": "Makes a request that is sent twice one request: the second joins the first, or gets its answer.",
+    "schema": {"type": "string", "pattern": f"^{edge.KEY.pattern}$", "minLength": 1, "maxLength": 255},
+}
+_REQUEST_ID = {
+    "name": "request_id",
+    "in": "path",
+    "required": True,
+    "description": "The X-Request-Id of the request's answer, which its caller may have chosen.",
+    "schema": {"type": "string", "pattern": f"^{edge.REQUEST_ID.pattern}$"},
 }
 
 _HEADERS_OF = {"401": ("WWW-Authenticate",), "429": ("Retry-After",)}
@@ -150,6 +175,16 @@ class PredictResponse(BaseModel):
     predictions: list[Prediction]
 
 
+class RequestProgress(BaseModel):
+    id: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    step: int
+    steps: int
+    place: int | None = None
+    remaining_seconds: float | None = None
+    error: str | None = None
+
+
 def answers(model: type[BaseModel], not_found: bool = False) -> dict[str, Any]:
     """What a route answers, as keyword arguments for its decorator."""
     responses: dict[int | str, dict[str, Any]] = {200: {"model": model, "description": "As asked."}}
@@ -170,9 +205,36 @@ def infer(settings: Settings) -> dict[str, Any]:
     description = "The pictures. In a binary answer the tensors' bytes follow the JSON, in the order of the outputs."
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": oip.InferenceResponse, "description": description, "content": media_types},
-        **_errors(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507),
+        **_errors(400, 404, 408, 409, 413, 415, 429, 499, 500, 503, 504, 507),
     }
     return _generation(responses, _INFER_SCHEMA)
+
+
+def generate(settings: Settings) -> dict[str, Any]:
+    """What the generate route takes and answers, as keyword arguments for its decorator."""
+    return _generation(infer(settings)["responses"], _GENERATE_SCHEMA)
+
+
+def generate_stream(settings: Settings) -> dict[str, Any]:
+    """What the generate_stream route takes and answers, as keyword arguments for its decorator."""
+    return _generation(_stream(settings), _GENERATE_STREAM_SCHEMA)
+
+
+def infer_stream(settings: Settings) -> dict[str, Any]:
+    """What the infer_stream route takes and answers, as keyword arguments for its decorator."""
+    return _generation(_stream(settings), _INFER_STREAM_SCHEMA)
+
+
+def _stream(settings: Settings) -> dict[int | str, dict[str, Any]]:
+    example = {"schema": {"type": "string"}, "example": generate_schema.EVENTS_EXAMPLE}
+    events = {"description": "Events, up to the answer or an error.", "content": {"text/event-stream": example}}
+    return {**infer(settings)["responses"], 200: events}
+
+
+def request_status(description: str) -> dict[str, Any]:
+    """What the routes of a request by its id answer, as keyword arguments for their decorators."""
+    responses = {200: {"model": RequestProgress, "description": description}, **_errors(404, 500)}
+    return {"responses": responses, "response_class": Response}
 
 
 def predict(settings: Settings) -> dict[str, Any]:
@@ -180,7 +242,7 @@ def predict(settings: Settings) -> dict[str, Any]:
     example = {"application/json": {"example": predict_schema.answer(settings.model_name)}}
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": PredictResponse, "description": "The pictures.", "content": example},
-        **_errors(400, 404, 408, 413, 415, 422, 429, 499, 500, 503, 504, 507),
+        **_errors(400, 404, 408, 409, 413, 415, 429, 499, 500, 503, 504, 507),
     }
     return _generation(responses, _PREDICT_SCHEMA)
 
@@ -256,6 +318,7 @@ def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> d
     offer = Offer(settings.limits, family)
     components = _without_null(document["components"])
     components["schemas"] |= infer_schema.schemas(offer)
+    components["schemas"] |= generate_schema.schemas(offer)
     components["schemas"]["PredictRequest"] = predict_schema.schema(offer)
     # FastAPI's own validation never speaks: what a path holds is text, and bodies are read by hand.
     for name in ("HTTPValidationError", "ValidationError"):
@@ -277,10 +340,12 @@ def _document(app: FastAPI, settings: Settings, family: Family[Any] | None) -> d
 def _tell_offer(operation: dict[str, Any], offer: Offer) -> None:
     """Add to an operation that paints what the model takes, in words and examples."""
     content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-    module = _GENERATIONS.get(content.get("schema", {}).get("$ref", ""))
-    if module is not None:
-        operation["description"] = module.description(offer)
-        content["examples"] = module.examples(offer)
+    words = _WORDS.get(content.get("schema", {}).get("$ref", ""))
+    if words is not None:
+        description, examples = words
+        operation["description"] = description(offer)
+        content["examples"] = examples(offer)
+        operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
 
 
 def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:
@@ -292,12 +357,13 @@ def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:
         for name, only in served.items()
         if f"{{{name}}}" in path
     ]
+    if "{request_id}" in path:
+        parameters.append(_REQUEST_ID)
     if parameters:
         operation["parameters"] = parameters
 
     responses = operation["responses"]
-    if "HTTPValidationError" in json.dumps(responses.get("422", {})):
-        del responses["422"]
+    responses.pop("422", None)
     if settings.api_key and path in edge.OPEN_PATHS:
         operation["security"] = []
     elif settings.api_key:

@@ -42,9 +42,9 @@ HTTP_STATUS: Mapping[str, int] = {
     errors.ModelNotFound.code: 404,
     errors.RequestNotFound.code: 404,
     errors.BodyTooSlow.code: 408,
+    errors.KeyReused.code: 409,
     errors.BodyTooLarge.code: 413,
     errors.UnsupportedEncoding.code: 415,
-    errors.KeyReused.code: 422,
     errors.Overloaded.code: 429,
     errors.Cancelled.code: 499,
     errors.RuntimeFault.code: 500,
@@ -68,7 +68,7 @@ NOT_LIVE = "The device thread is gone; restart the server."
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 IDEMPOTENCY_KEY = "Idempotency-Key"
-_KEY = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
+KEY = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -275,12 +275,19 @@ def once(request: Request, body: bytes) -> Once | None:
     key = request.headers.get(IDEMPOTENCY_KEY)
     if key is None:
         return None
-    if not _KEY.fullmatch(key):
+    if not KEY.fullmatch(key):
         raise InvalidRequest(f"{IDEMPOTENCY_KEY} must be 1 to 255 printable ASCII characters.")
     # The same body means something else at another path, or with another length of its JSON.
     path = request.scope["path"].rstrip("/")
     header = request.headers.get(JSON_LENGTH, "")
     return Once(key, hashlib.sha256(f"{path}\0{header}\0".encode() + body).digest())
+
+
+def infer_response(answer: bytes, json_length: int | None) -> Response:
+    """The answer to an infer call, which has tensors' bytes behind its JSON where that has a length."""
+    if json_length is None:
+        return Response(answer, media_type="application/json")
+    return Response(answer, headers={JSON_LENGTH: str(json_length)}, media_type="application/octet-stream")
 
 
 # --- Waiting ---------------------------------------------------------------------------------------------------
@@ -295,7 +302,7 @@ async def wait_for(ticket: Ticket, request: Request) -> Generation:
     done: asyncio.Future[Generation] = asyncio.wrap_future(ticket.future)
     # Nobody may be left to look at the outcome; that is no reason for a warning about it.
     done.add_done_callback(lambda future: future.cancelled() or future.exception())
-    gone = asyncio.ensure_future(_hung_up(request))
+    gone = asyncio.ensure_future(hung_up(request))
     try:
         waited: list[asyncio.Future[Any]] = [done, gone]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -307,6 +314,7 @@ async def wait_for(ticket: Ticket, request: Request) -> Generation:
         ticket.leave()
 
 
-async def _hung_up(request: Request) -> None:
+async def hung_up(request: Request) -> None:
+    """Returns once the client has closed the connection; to be called when its body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.api.offer import CONDITIONS, EXAMPLE_IMAGE, EXAMPLE_MASK, Offer
-from app.generation import PARAMETERS, ImageTask, Kind
+from app.generation import DEFAULT_PRIORITY, MAX_PRIORITY, PARAMETERS, ImageTask, Kind
 from app.protocol.oip import DATATYPES, DEFAULT_OUTPUTS, MAX_ID_LENGTH
 
 DESCRIPTION = """\
@@ -38,6 +38,8 @@ Also taken:
 - **Pixels**: the output `pixels` as `UINT8` of shape `[n, height, width, 3]`, in JSON for small pictures only:
   `{"name": "pixels", "parameters": {"binary_data": true}}`.
 - **A deadline**: the request's parameter `timeout` in microseconds.
+- **The same request again**: with the `Idempotency-Key` of the first one it is not painted twice, but gets the same
+  answer, while the first one runs and for `idempotency_seconds` after.
 - **Schedulers that need certain steps**: `PNDM` (4 or more), `LCM` and `TCD` (50 or fewer). Each scheduler may also be
   named by its diffusers class, such as `EulerDiscreteScheduler`.
 - **Any size** of which each side is a multiple of {size_step} and at most `max_side`, and the product at most
@@ -48,6 +50,18 @@ Also taken:
 """
 
 EXAMPLE_PROMPT = "a red circle on a white background"
+BINARY_DATA_OUTPUT = {
+    "description": "Answer with the tensors' bytes behind the JSON instead of base64 in it.",
+    "type": "boolean",
+    "default": False,
+}
+PRIORITY = {
+    "description": "1 is the most urgent; each level more doubles the time that a request is content to wait.",
+    "type": "integer",
+    "minimum": 1,
+    "maximum": MAX_PRIORITY,
+    "default": DEFAULT_PRIORITY,
+}
 _TITLES = {
     ImageTask.TEXT_TO_IMAGE: "TextToImage",
     ImageTask.IMAGE_TO_IMAGE: "ImageToImage",
@@ -62,22 +76,20 @@ def description(offer: Offer) -> str:
 
 def schemas(offer: Offer) -> dict[str, Any]:
     """The schemas of an infer request's JSON by name; ``InferenceRequest`` is the one that is sent."""
-    tasks = {_TITLES[task]: _request(offer, task) for task in offer.tasks}
+    tasks = {_TITLES[task]: request(offer, task) for task in offer.tasks}
     one_of = [{"$ref": f"#/components/schemas/{title}"} for title in tasks]
     return {"InferenceRequest": {"oneOf": one_of}, **tasks, "EveryParameter": _every_parameter(offer)}
 
 
-def _request(offer: Offer, task: ImageTask) -> dict[str, Any]:
+def request(offer: Offer, task: ImageTask) -> dict[str, Any]:
+    """The schema of one task's body."""
     names = offer.names(task)
     needed = [name for name in ("prompt", "image", "mask_image") if name in names]
     pairs = [name for name in names if PARAMETERS[name].kind is Kind.PAIR]
     scalars = {name: offer.schema(name, task) for name in names if name not in needed and name not in pairs}
-    scalars["binary_data_output"] = {
-        "description": "Answer with the tensors' bytes behind the JSON instead of base64 in it.",
-        "type": "boolean",
-        "default": False,
-    }
-    request = _object(
+    scalars["priority"] = PRIORITY
+    scalars["binary_data_output"] = BINARY_DATA_OUTPUT
+    body = _object(
         {
             "inputs": {
                 "type": "array",
@@ -109,7 +121,7 @@ def _request(offer: Offer, task: ImageTask) -> dict[str, Any]:
         },
         "inputs",
     )
-    return {"title": _TITLES[task], **request}
+    return {"title": _TITLES[task], **body}
 
 
 def _tensor(offer: Offer, name: str, task: ImageTask) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def schema(offer: Offer) -> dict[str, Any]:
     """The schema of a predict request's JSON."""
     instances = {
         "type": "array",
-        "items": {"oneOf": [_instance(offer, task) for task in offer.tasks]},
+        "items": {"oneOf": [instance(offer, task) for task in offer.tasks]},
         "minItems": 1,
         "maxItems": offer.limits.max_images_per_request,
         # All pictures of all instances count; this is as much of it as a schema can say.
@@ -44,7 +44,8 @@ def schema(offer: Offer) -> dict[str, Any]:
     }
 
 
-def _instance(offer: Offer, task: ImageTask) -> dict[str, Any]:
+def instance(offer: Offer, task: ImageTask) -> dict[str, Any]:
+    """The schema of one object of keywords."""
     names = offer.names(task)
     # What belongs to another task may be said not to be given.
     foreign = filter(offer.takes, offer.foreign(task))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from app.engine.batcher import Batcher, Listener, Ticket
 from app.engine.family import Family
 from app.engine.idempotency import Once
 from app.engine.queue import RequestStatus
-from app.errors import ModelNotFound, ModelNotReady, ShuttingDown
+from app.errors import ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
 from app.generation import (
     DEFAULT_PRIORITY,
     GenerateRequest,
@@ -233,6 +233,30 @@ class Repository:
         """Have `close` wait no longer."""
         for model in self:
             model.hurry()
+
+    def status(self, request_id: str) -> RequestStatus:
+        """How a request is, whichever model it is for.
+
+        Raises:
+            RequestNotFound: none of that id runs, and none did lately.
+        """
+        return self._ask(request_id, Model.status)
+
+    def cancel(self, request_id: str) -> RequestStatus:
+        """End a request, whoever waits for it.
+
+        Raises:
+            RequestNotFound: none of that id runs, and none did lately.
+        """
+        return self._ask(request_id, Model.cancel)
+
+    def _ask(self, request_id: str, ask: Callable[[Model, str], RequestStatus]) -> RequestStatus:
+        for model in self:
+            try:
+                return ask(model, request_id)
+            except RequestNotFound as error:
+                fault = error
+        raise fault
 
     @property
     def live(self) -> bool:

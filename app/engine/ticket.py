@@ -6,6 +6,7 @@ import collections
 import concurrent.futures
 import enum
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from app.generation import (
     Progress,
     Timings,
 )
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[Progress | Preview], None]
 """Hears of a ticket's progress, on whatever thread made it; must not block."""
@@ -168,7 +171,11 @@ class Ticket:
 
     def tell(self, news: Progress | Preview) -> None:
         for listener in tuple(self.listeners):
-            listener(news)
+            try:
+                listener(news)
+            except Exception:  # a listener's mistake is not the device's
+                logger.exception("a listener failed")
+                self.listeners.remove(listener)
 
     def progress(self, seconds: float | None) -> Progress:
         return Progress(self.steps_done, self.steps_total, self.place, seconds)

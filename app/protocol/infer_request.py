@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -21,6 +22,8 @@ from app.generation import (
     Kind,
     Parameter,
     Pixels,
+    PreviewKind,
+    PreviewWish,
     describe,
     nearest,
     parse_parameter,
@@ -59,14 +62,15 @@ def parse_infer(body: bytes, json_length: str | None) -> InferCall:
         return _raw_request(body)
     message = _parse_message(body[:length])
     values = _read_inputs(message, memoryview(body)[length:])
-    options = _take_parameters(message, values)
+    options = parse_options(_take_parameters(message, values))
     return InferCall(
         id=message.id,
         requests=_requests(values),
         given=frozenset(values),
-        outputs=_requested_outputs(message, options),
-        timeout=_timeout(options),
-        priority=_priority(options),
+        outputs=_requested_outputs(message, options.binary),
+        timeout=options.timeout,
+        priority=options.priority,
+        preview=options.preview,
     )
 
 
@@ -202,7 +206,7 @@ def _read_pixels(parameter: Parameter, tensor: RequestInput, raw: memoryview | N
     return split_pictures(data, *pictures)
 
 
-OPTIONS = ("binary_data_output", "timeout", "priority")
+OPTIONS = ("binary_data_output", "timeout", "priority", "preview", "preview_every")
 """Request parameters that say how to answer, and when."""
 
 
@@ -246,8 +250,7 @@ def _requests(values: Mapping[str, list[object]]) -> tuple[GenerateRequest, ...]
     return tuple(GenerateRequest(**row) for row in rows)  # type: ignore[arg-type]
 
 
-def _requested_outputs(message: InferenceRequest, options: Mapping[str, Scalar]) -> tuple[RequestedOutput, ...]:
-    default = _boolean("binary_data_output", options.get("binary_data_output", False))
+def _requested_outputs(message: InferenceRequest, default: bool) -> tuple[RequestedOutput, ...]:
     if not message.outputs:
         return tuple(RequestedOutput(name, default) for name in DEFAULT_OUTPUTS)
     chosen: dict[str, RequestedOutput] = {}
@@ -270,24 +273,58 @@ def _boolean(name: str, value: object) -> bool:
     return value
 
 
-def _timeout(options: Mapping[str, Scalar]) -> float | None:
-    value = options.get("timeout")
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise InvalidRequest("timeout must be a whole number of microseconds.")
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to answer, and when; see `InferCall`."""
+
+    binary: bool
+    timeout: float | None
+    priority: int | None
+    preview: PreviewWish | None
+
+
+def parse_options(options: Mapping[str, object]) -> Options:
+    """Read the request parameters of `OPTIONS`.
+
+    Raises:
+        InvalidRequest: with one sentence that says what to change.
+    """
+    binary = _boolean("binary_data_output", options.get("binary_data_output", False))
+    return Options(binary, _timeout(options), _priority(options), _preview(options))
+
+
+def _timeout(options: Mapping[str, object]) -> float | None:
     # Triton reads 0 as "no timeout of mine".
+    value = _whole("timeout", options, 0, 2**63 - 1, "a whole number of microseconds")
     return value / 1e6 if value else None
 
 
-def _priority(options: Mapping[str, Scalar]) -> int | None:
+def _priority(options: Mapping[str, object]) -> int | None:
     """As Triton has it: 1 is the most urgent level, and 0 means the default one.
 
     Source: Triton ``extension_schedule_policy.md``.
     """
-    value = options.get("priority")
+    what = f"a whole number from 1, the most urgent, to {MAX_PRIORITY}"
+    return _whole("priority", options, 0, MAX_PRIORITY, what) or None
+
+
+def _preview(options: Mapping[str, object]) -> PreviewWish | None:
+    every = _whole("preview_every", options, 1, 1000, "a whole number of steps from 1 to 1000")
+    kind = options.get("preview", "none")
+    kinds = ("none", *PreviewKind)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InvalidRequest(f"preview must be {', '.join(kinds[:-1])} or {kinds[-1]}, not {describe(kind)}.")
+    if kind == "none":
+        if every is not None:
+            raise InvalidRequest("preview_every needs preview.")
+        return None
+    return PreviewWish(PreviewKind(kind)) if every is None else PreviewWish(PreviewKind(kind), every)
+
+
+def _whole(name: str, options: Mapping[str, object], least: int, most: int, what: str) -> int | None:
+    value = options.get(name)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_PRIORITY:
-        raise InvalidRequest(f"priority must be a whole number from 1, the most urgent, to {MAX_PRIORITY}.")
-    return value or None
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InvalidRequest(f"{name} must be {what}.")
+    return value

@@ -19,7 +19,16 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from app.errors import InvalidRequest
-from app.generation import PARAMETERS, GeneratedImage, GenerateRequest, Generation, Kind, Pixels, write_adapters
+from app.generation import (
+    PARAMETERS,
+    GeneratedImage,
+    GenerateRequest,
+    Generation,
+    Kind,
+    Pixels,
+    PreviewWish,
+    write_adapters,
+)
 from app.protocol import tensors
 
 SERVER_NAME = "sdxl-runtime"
@@ -132,6 +141,8 @@ class InferCall:
     """Seconds."""
     priority: int | None = None
     """1 comes first, 9 last."""
+    preview: PreviewWish | None = None
+    """Wanted from a stream."""
 
 
 def check_pixels(call: InferCall, requests: Sequence[GenerateRequest]) -> None:

@@ -93,10 +93,19 @@ def parse_predict(body: bytes) -> PredictCall:
         raise InvalidRequest(f"{field} must be a list of at least one object, not {describe(instances)}.")
     if len(instances) > MAX_INSTANCES:
         raise InvalidRequest(f"{field} may have at most {MAX_INSTANCES} members, not {len(instances)}.")
-    return PredictCall(tuple(_request(f"{field}[{i}]", instance) for i, instance in enumerate(instances)))
+    return PredictCall(tuple(read_instance(f"{field}[{i}]", instance) for i, instance in enumerate(instances)))
 
 
-def _request(place: str, instance: object) -> GenerateRequest:
+def read_instance(place: str, instance: object) -> GenerateRequest:
+    """One object of keywords.
+
+    Args:
+        place: what sentences call it.
+        instance: a JSON object, it should be.
+
+    Raises:
+        InvalidRequest: with one sentence that says what to change.
+    """
     if not isinstance(instance, dict):
         raise InvalidRequest(f"{place} must be an object such as {{'prompt': 'a cat'}}, not {describe(instance)}.")
     values: dict[str, Any] = {}
