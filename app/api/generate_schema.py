@@ -111,16 +111,12 @@ def examples(offer: Offer) -> dict[str, Any]:
             "summary": "One picture",
             "value": {"prompt": EXAMPLE_PROMPT, "num_inference_steps": steps, "seed": 7},
         },
-        "parameters": {
-            "summary": "As Triton has it",
-            "value": {"text_input": EXAMPLE_PROMPT, "parameters": {"num_inference_steps": steps, "priority": 1}},
-        },
     }
 
 
 def stream_examples(offer: Offer) -> dict[str, Any]:
     steps = min(20, offer.limits.max_steps)
-    previews = {"prompt": EXAMPLE_PROMPT, "num_inference_steps": steps, "preview": "latents", "preview_every": 4}
+    previews = {"prompt": EXAMPLE_PROMPT, "num_inference_steps": steps, "preview": "latents"}
     return {**examples(offer), "previews": {"summary": "With previews", "value": previews}}
 
 

@@ -29,6 +29,7 @@ from app.settings import Settings
 from tests.fakes import Narrow, OnlyInpaints, Strict
 
 INFER = "/v2/models/sdxl/infer"
+EVENT = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
 PREDICT = "/v1/models/sdxl:predict"
 OPERATIONS = {
     ("get", "/v2"),
@@ -40,6 +41,14 @@ OPERATIONS = {
     ("get", "/v2/models/{model_name}/versions/{model_version}/ready"),
     ("post", "/v2/models/{model_name}/infer"),
     ("post", "/v2/models/{model_name}/versions/{model_version}/infer"),
+    ("post", "/v2/models/{model_name}/generate"),
+    ("post", "/v2/models/{model_name}/versions/{model_version}/generate"),
+    ("post", "/v2/models/{model_name}/generate_stream"),
+    ("post", "/v2/models/{model_name}/versions/{model_version}/generate_stream"),
+    ("post", "/v2/models/{model_name}/infer_stream"),
+    ("post", "/v2/models/{model_name}/versions/{model_version}/infer_stream"),
+    ("get", "/v2/requests/{request_id}"),
+    ("delete", "/v2/requests/{request_id}"),
     ("get", "/"),
     ("get", "/v1/models"),
     ("get", "/v1/models/{model_name}"),
@@ -188,7 +197,7 @@ async def test_a_request_of_each_task_offers_every_parameter_or_says_in_words_wh
     in_words = {name for name in CONDITIONS if f"| `{name}` |" in infer_operation(document)["description"]}
     assert in_words == set(CONDITIONS)
     # This model has no adapters.
-    everything = {*PARAMETERS, "binary_data_output"} - in_words - {"loras"}
+    everything = {*PARAMETERS, "binary_data_output", "priority"} - in_words - {"loras"}
     # With an image, the number of steps hangs on the strength, as the text says.
     assert set(documented_parameters(document, "Inpaint")) == everything - {"num_inference_steps"}
     assert set(documented_parameters(document, "ImageToImage")) == everything - {"mask_image", "num_inference_steps"}
@@ -223,6 +232,25 @@ async def test_a_model_that_only_inpaints_offers_nothing_else() -> None:
         ]
         for example in infer_examples(document).values():
             assert (await client.post(INFER, json=example)).status_code == 200
+
+
+@pytest.mark.parametrize("verb", ["generate", "generate_stream", "infer_stream"])
+async def test_examples_of_the_short_form_and_of_streams_follow_their_schema_and_are_served(
+    client: httpx.AsyncClient, document: dict[str, Any], verb: str
+) -> None:
+    operation = document["paths"][f"/v2/models/{{model_name}}/{verb}"]["post"]
+    content = operation["requestBody"]["content"]["application/json"]
+    name = content["schema"]["$ref"].rsplit("/", 1)[1]
+    for example in content["examples"].values():
+        validator(document, name).validate(example["value"])
+        answer = await client.post(f"/v2/models/sdxl/{verb}", json=example["value"])
+        assert answer.status_code == 200
+        told = operation["responses"]["200"]["content"]
+        assert answer.headers["content-type"] in told
+        if verb != "generate":
+            lines = [line for line in answer.text.splitlines() if line.startswith("event: ")]
+            assert lines[-1] == "event: done"
+            assert {line.removeprefix("event: ") for line in lines} <= set(EVENT.findall(operation["description"]))
 
 
 async def test_bounds_are_the_limits_of_the_settings() -> None:
@@ -291,6 +319,8 @@ async def test_paths_offer_the_served_model_so_that_trying_it_works_at_once(docu
     for methods in document["paths"].values():
         for operation in methods.values():
             for parameter in operation.get("parameters", ()):
+                if parameter["name"] in ("request_id", "Idempotency-Key"):
+                    continue  # a caller's own
                 name = {"model_name": "sdxl", "model_version": "1"}[parameter["name"]]
                 assert parameter["in"] == "path" and parameter["schema"]["enum"] == [name]
 
@@ -330,7 +360,8 @@ async def test_examples_of_protocol_v1_follow_the_schema_and_are_served(
 async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
     example = infer_examples(document)["picture"]
     answers = {
-        "InferenceResponse": await client.post(INFER, json=example),
+        "InferenceResponse": await client.post(INFER, json=example, headers={"X-Request-Id": "abc"}),
+        "RequestProgress": await client.get("/v2/requests/abc"),
         "ErrorMessage": await client.post(INFER, json={}),
         "ServerMetadata": await client.get("/v2"),
         "ModelMetadata": await client.get("/v2/models/sdxl"),
@@ -347,6 +378,7 @@ async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncCli
         assert not list(places_of_null(document["components"]["schemas"][name]))
     parts = ("Tensor", "Output", "Prediction", "EncodedImage")
     requests = {"InferenceRequest", "TextToImage", "ImageToImage", "Inpaint", "EveryParameter", "PredictRequest"}
+    requests |= {"GenerateRequest", "GenerateStreamRequest", "InferenceStreamRequest"}
     assert set(answers) | requests >= {name for name in document["components"]["schemas"] if not name.endswith(parts)}
 
 
