@@ -111,12 +111,16 @@ def create_app(
         openapi_url=None,
     )
     app.state.stop, app.state.hurry = stop, repository.hurry  # for a server that goes on answering meanwhile
-    edge.install_error_handlers(app)
     serving = Serving(repository, telemetry, settings)
-    app.include_router(oip.router(serving, version))
-    app.include_router(stream.router(serving))
-    app.include_router(requests.router(repository))
-    app.include_router(v1.router(serving))
+    routers = (
+        oip.router(serving, version),
+        stream.router(serving),
+        requests.router(repository),
+        v1.router(serving),
+    )
+    for router in routers:
+        app.include_router(router)
+    edge.install_error_handlers(app, [route for router in routers for route in router.routes])
     if settings.enable_docs_url:
         documentation.install(app, settings, model)
 

@@ -119,6 +119,10 @@ _IDEMPOTENCY_KEY = {
     "description": "Makes a request that is sent twice one request: the second joins the first, or gets its answer.",
     "schema": {"type": "string", "pattern": f"^{edge.KEY.pattern}$", "minLength": 1, "maxLength": 255},
 }
+_LINKS = {
+    name: {"operationId": operation, "parameters": {"request_id": "$response.header.X-Request-Id"}}
+    for name, operation in (("status", "request_status"), ("cancel", "cancel_request"))
+}
 _REQUEST_ID = {
     "name": "request_id",
     "in": "path",
@@ -226,7 +230,7 @@ def infer_stream(settings: Settings) -> dict[str, Any]:
 
 
 def _stream(settings: Settings) -> dict[int | str, dict[str, Any]]:
-    example = {"schema": {"type": "string"}, "example": generate_schema.EVENTS_EXAMPLE}
+    example = {"schema": {"$ref": "#/components/schemas/Event"}, "example": generate_schema.EVENTS_EXAMPLE}
     events = {"description": "Events, up to the answer or an error.", "content": {"text/event-stream": example}}
     return {**infer(settings)["responses"], 200: events}
 
@@ -346,6 +350,7 @@ def _tell_offer(operation: dict[str, Any], offer: Offer) -> None:
         operation["description"] = description(offer)
         content["examples"] = examples(offer)
         operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
+        operation["responses"]["200"]["links"] = _LINKS
 
 
 def _complete(operation: dict[str, Any], path: str, settings: Settings) -> None:

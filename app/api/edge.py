@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
@@ -99,8 +100,13 @@ def error_response(fault: RuntimeFault) -> Response:
     return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Give every error the protocol's body ``{"error": "…"}``, the framework's own too."""
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Give every error the protocol's body ``{"error": "…"}``, the framework's own too.
+
+    Args:
+        app: whose errors.
+        routes: of which a path may have several, for its several methods.
+    """
 
     async def fault_handler(_: Request, error: Exception) -> Response:
         assert isinstance(error, RuntimeFault)
@@ -113,7 +119,13 @@ def install_error_handlers(app: FastAPI) -> None:
             405: f"{request.method} is not allowed at {shorten(request.url.path)}.",
         }
         sentence = sentences.get(error.status_code, str(error.detail))
-        return json_response({"error": sentence}, error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if "Allow" in headers:
+            # The framework names those of the path's first route only.
+            found = [route for route in routes if isinstance(route, Route) and route.path_regex.match(request.url.path)]
+            methods = {headers["Allow"], *(name for route in found for name in route.methods or ())}
+            headers["Allow"] = ", ".join(sorted(methods))
+        return json_response({"error": sentence}, error.status_code, headers)
 
     async def validation_handler(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

@@ -60,11 +60,12 @@ def infer_stream_description(offer: Offer) -> str:
 
 
 def schemas(offer: Offer) -> dict[str, Any]:
-    """The schemas of the bodies by name."""
+    """The schemas of the bodies, and of an event, by name."""
     return {
         "GenerateRequest": _short(offer, {"binary_data_output": BINARY_DATA_OUTPUT}),
         "GenerateStreamRequest": _short(offer, _previews()),
         "InferenceStreamRequest": _infer_stream(offer),
+        "Event": events(),
     }
 
 
@@ -124,14 +125,37 @@ def infer_stream_examples(offer: Offer) -> dict[str, Any]:
     return {name: example for name, example in infer_schema.examples(offer).items() if name != "binary"}
 
 
-EVENTS_EXAMPLE = """\
-event: queued
-data: {"request_id":"0f8d","place":1,"steps":20,"remaining_seconds":2.4}
+EVENTS_EXAMPLE = {"event": "step", "data": '{"step":3,"steps":20,"remaining_seconds":1.9}'}
 
-event: step
-data: {"step":1,"steps":20,"remaining_seconds":2.2}
 
-event: done
-data: {"model_name":"sdxl","parameters":{},"outputs":[]}
+def events() -> dict[str, Any]:
+    """The schema of one event of a stream."""
+    step, seconds = {"type": "integer", "minimum": 0}, {"type": "number", "minimum": 0}
+    text = {"type": "string"}
+    data: dict[str, dict[str, Any]] = {
+        "queued": {"request_id": text, "place": {"type": "integer", "minimum": 1}, "steps": step},
+        "step": {"step": step, "steps": step},
+        "preview": {"image": step, "step": step, "content_type": text, "data": text},
+        "error": {"error": text, "code": text, "status": {"type": "integer"}},
+    }
+    optional = {"remaining_seconds": seconds}
+    schemas: dict[str, Any] = {"done": {"$ref": "#/components/schemas/InferenceResponse"}}
+    for name, fields in data.items():
+        extra = optional if name in ("queued", "step") else {}
+        schemas[name] = {
+            "type": "object",
+            "properties": {**fields, **extra},
+            "required": list(fields),
+            "additionalProperties": False,
+        }
+    return {"oneOf": [_event(name, schema) for name, schema in schemas.items()]}
 
-"""
+
+def _event(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    content = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    return {
+        "title": name,
+        "type": "object",
+        "properties": {"event": {"type": "string", "const": name}, "data": content},
+        "required": ["event", "data"],
+    }

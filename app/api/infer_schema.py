@@ -56,9 +56,10 @@ BINARY_DATA_OUTPUT = {
     "default": False,
 }
 PRIORITY = {
-    "description": "1 is the most urgent; each level more doubles the time that a request is content to wait.",
+    "description": "1 is the most urgent, 0 means the default; each level more doubles the time that a request is "
+    "content to wait.",
     "type": "integer",
-    "minimum": 1,
+    "minimum": 0,
     "maximum": MAX_PRIORITY,
     "default": DEFAULT_PRIORITY,
 }

@@ -31,9 +31,9 @@ def router(repository: Repository) -> APIRouter:
     @routes.delete(
         "/v2/requests/{request_id}",
         operation_id="cancel_request",
-        summary="Cancel a request",
+        summary="Cancel a request and forget it",
         tags=["Pictures"],
-        **documentation.request_status("How it is now: cancelled, or as it had ended before."),
+        **documentation.request_status("How it ended: cancelled, or as it had before. It is forgotten now."),
     )
     async def cancel(request: Request) -> Response:
         identifier = request.path_params["request_id"]

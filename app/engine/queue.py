@@ -342,7 +342,10 @@ class Queue:
         )
 
     def cancel(self, request_id: str) -> RequestStatus:
-        """End the request, whoever waits for it; one that is over stays as it is.
+        """End the request, whoever waits for it, and forget it; one that is over is only forgotten.
+
+        Returns:
+            How it ended.
 
         Raises:
             RequestNotFound: none of that id runs, and none did lately.
@@ -351,7 +354,10 @@ class Queue:
             tickets = self._of(request_id)
         for ticket in tickets:
             ticket.cancel()
-        return self.status(request_id)
+        with self.condition:
+            status = self.status(request_id)
+            self._outcomes.pop(request_id, None)
+            return status
 
     def _forecast(self, now: float) -> dict[Ticket, float]:
         """The seconds until each open ticket is likely to be done, most urgent first; made anew when that may differ

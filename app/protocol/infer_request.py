@@ -325,6 +325,9 @@ def _whole(name: str, options: Mapping[str, object], least: int, most: int, what
     value = options.get(name)
     if value is None:
         return None
+    # Some clients write whole numbers with a fraction.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise InvalidRequest(f"{name} must be {what}.")
     return value

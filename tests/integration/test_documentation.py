@@ -378,7 +378,7 @@ async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncCli
         assert not list(places_of_null(document["components"]["schemas"][name]))
     parts = ("Tensor", "Output", "Prediction", "EncodedImage")
     requests = {"InferenceRequest", "TextToImage", "ImageToImage", "Inpaint", "EveryParameter", "PredictRequest"}
-    requests |= {"GenerateRequest", "GenerateStreamRequest", "InferenceStreamRequest"}
+    requests |= {"Event", "GenerateRequest", "GenerateStreamRequest", "InferenceStreamRequest"}
     assert set(answers) | requests >= {name for name in document["components"]["schemas"] if not name.endswith(parts)}
 
 

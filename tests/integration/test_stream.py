@@ -176,6 +176,7 @@ async def test_the_short_form_takes_pairs_images_and_options_and_gives_its_id_ba
         ({"prompt": "a", "num_steps": 7}, "num_steps"),
         ({"prompt": "a", "priority": 10}, "priority must be"),
         ({"prompt": "a", "priority": True}, "priority must be"),
+        ({"prompt": "a", "priority": 1.5}, "priority must be"),
         ({"prompt": "a", "timeout": "soon"}, "timeout must be"),
         ({"prompt": "a", "preview": "latents"}, "preview needs a stream"),
         (infer_body(preview="vae"), "preview needs a stream"),
@@ -187,6 +188,17 @@ async def test_what_the_short_form_cannot_be_is_one_sentence(body: Any, sentence
     async with running(Instant()) as server:
         answer = await server.client.post(f"{MODEL}/generate", json=body)
         assert answer.status_code == 400 and sentence in answer.json()["error"]
+
+
+async def test_a_priority_may_be_written_with_a_fraction_that_is_none() -> None:
+    async with running(Instant()) as server:
+        assert (await server.client.post(f"{MODEL}/generate", json={"prompt": "a", "priority": 3.0})).status_code == 200
+
+
+async def test_a_path_with_two_methods_names_both() -> None:
+    async with running(Instant()) as server:
+        answer = await server.client.put("/v2/requests/x")
+        assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET"
 
 
 async def test_infer_has_no_previews_either() -> None:
@@ -364,8 +376,8 @@ async def test_a_request_is_followed_and_cancelled_by_its_id() -> None:
         assert cancelled.status_code == 200 and cancelled.json()["state"] == "cancelled"
         answer = await painting
         assert answer.status_code == 499 and "cancelled" in answer.json()["error"]
-        again = await server.client.delete("/v2/requests/mine")
-        assert again.json()["state"] == "cancelled"
+        for ask in (server.client.get, server.client.delete):
+            assert (await ask("/v2/requests/mine")).status_code == 404
         family.permit(100)
         done = await server.client.post(f"{MODEL}/infer", json=infer_body(), headers={"X-Request-Id": "other"})
         assert done.status_code == 200
