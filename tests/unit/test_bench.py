@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 from collections.abc import AsyncIterator
@@ -27,6 +28,11 @@ class Scripted:
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections.add(asyncio.current_task())
+        # A client that has what it wants may reset the connection instead of closing it.
+        with contextlib.suppress(ConnectionError):
+            await self._converse(reader, writer)
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             length = 0
             while (header := await reader.readline()).strip():
