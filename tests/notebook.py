@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "clients" / "sdxl-client-examples.ipynb"
 
 
-FLAGS = ("--use_refiner", "true", "--refiner_id", "demo", "--warm_up", "false")
+FLAGS = ("--use_refiner", "true", "--refiner_id", "demo")
 """What the server runs with, for the chapter on the refiner."""
 
 
