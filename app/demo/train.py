@@ -19,7 +19,7 @@ from app.demo.training.autoencoder import sharpen, train_vae
 from app.demo.training.results import look, save
 
 WEIGHTS = Path(__file__).parent / "weights"
-STAGES = ("vae", "base", "settle", "sharpen", "refiner", "flux", "guidance")
+STAGES = ("vae", "base", "settle", "sharpen", "refiner", "flux", "settle_flux", "guidance")
 
 
 def load_vae(folder: Path, **config: float) -> AutoencoderKL:
@@ -41,8 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base_steps", type=int, default=7000)
     parser.add_argument("--settle_steps", type=int, default=3000, help="more of the base, gently, on small drawings")
     parser.add_argument("--sharpen_steps", type=int, default=1800, help="the decoder alone")
-    parser.add_argument("--refiner_steps", type=int, default=2000)
-    parser.add_argument("--flux_steps", type=int, default=6000)
+    parser.add_argument("--refiner_steps", type=int, default=1500)
+    parser.add_argument("--flux_steps", type=int, default=3600)
+    parser.add_argument("--settle_flux_steps", type=int, default=4000, help="more of FLUX, on its outlines")
     parser.add_argument("--guidance_steps", type=int, default=1000, help="FLUX's guidance, by distillation")
     parser.add_argument("--pictures", type=int, default=24_000, help="pictures that the base learns from")
     return parser.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
 
     if wanted("refiner"):
         expert, steps = load(sdxl_folder), arguments.refiner_steps
-        finisher = refiner.train_refiner(expert, refiner_folder, steps=steps, native=pictures // 2, seed=seed)
+        finisher = refiner.train_refiner(expert, refiner_folder, steps=steps, native=pictures // 3, seed=seed)
         save(finisher, refiner_folder)
         for part in refiner.SHARED_PARTS:
             shutil.copytree(sdxl_folder / part, refiner_folder / part, dirs_exist_ok=True)
@@ -84,15 +85,21 @@ def main() -> None:
 
     if wanted("flux"):
         # FluxPipeline shifts latents too, and wants a number for it.
-        vae, steps = load_vae(sdxl_folder, shift_factor=0.0), arguments.flux_steps
-        begun = flux.make_flux(flux_folder, seed)
-        flux.save_flux(
-            flux.train_flux(begun, vae, flux_folder, steps=steps, native=pictures // 2, seed=seed), flux_folder
+        vae, steps = load_vae(sdxl_folder, scaling_factor=flux.SCALE, shift_factor=0.0), arguments.flux_steps
+        begun, options = flux.make_flux(flux_folder, seed), {"peak": 8e-3, "sigmas_for": flux.sigmas_to_begin}
+        outlined = flux.train_flux(begun, vae, flux_folder, steps=steps, native=pictures // 3, seed=seed, **options)
+        flux.save_flux(outlined, flux_folder)
+    if wanted("settle_flux"):
+        outlined, steps = flux.load_flux(flux_folder), arguments.settle_flux_steps
+        begun, options = flux.load_trained(outlined), {"peak": 6e-3, "sigmas_for": flux.sigmas_to_settle}
+        settled = flux.train_flux(
+            begun, outlined.vae, flux_folder, steps=steps, native=pictures // 2, seed=seed + 1, **options
         )
+        flux.save_flux(settled, flux_folder)
     if wanted("guidance"):
         teacher, steps = flux.load_flux(flux_folder), arguments.guidance_steps
         flux.save_flux(flux.distil_guidance(teacher, steps=steps, native=pictures // 4, seed=seed), flux_folder)
-    if wanted("flux", "guidance"):
+    if wanted("flux", "settle_flux", "guidance"):
         print("flux:", look(flux.painter(flux.load_flux(flux_folder)), out / "flux-grid.png", 96))
 
 

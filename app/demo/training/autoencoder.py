@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from app.demo.shapes import PICTURE_SIZE, draw, random_drawing
-from app.demo.training.fitting import fit
+from app.demo.training.fitting import adam, fit
 from app.demo.training.pictures import random_pictures, to_tensor
 
 LATENT_FACTOR = 8
@@ -56,7 +56,7 @@ def train_vae(steps: int, seed: int) -> AutoencoderKL:
         loss: torch.Tensor = difference(vae.decode(posterior.sample()).sample, pictures, edges=0.5) + 3e-4 * kl
         return loss
 
-    vae = fit(vae, loss_of_batch, name="autoencoder", steps=steps, peak=2e-3, average=0.995)
+    vae = fit(vae, loss_of_batch, adam(vae, peak=2e-3), name="autoencoder", steps=steps, average=0.995)
     normalise_latents(vae, random.Random(seed + 1))
     return vae
 
@@ -76,7 +76,7 @@ def sharpen(vae: AutoencoderKL, steps: int, seed: int) -> AutoencoderKL:
         latents = vae.encode(pictures).latent_dist.mean
         return difference(vae.decode(latents + 0.08 * torch.randn_like(latents)).sample, pictures, edges=1.0)
 
-    return fit(vae, loss_of_batch, name="decoder", steps=steps, peak=1.5e-3, average=0.995)
+    return fit(vae, loss_of_batch, adam(vae, peak=1.5e-3), name="decoder", steps=steps, average=0.995)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from app.demo.shapes import PICTURE_SIZE
 from app.demo.training.autoencoder import LATENT_FACTOR
-from app.demo.training.fitting import fit
+from app.demo.training.fitting import adam, fit
 from app.demo.training.pictures import Latents, caption
 from app.demo.training.results import Paint, look
 from app.demo.training.vocabulary import END_PADS, make_clip_tokenizer
@@ -179,11 +179,10 @@ def train_base(
     best = fit(
         model,
         loss_of_batch,
+        adam(model, peak, weight_decay=1e-3),
         name="base",
         steps=steps,
-        peak=peak,
         average=0.999,
-        weight_decay=1e-3,
         after=now_and_then,
     )
     return pipeline(best)

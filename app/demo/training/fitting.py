@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -26,44 +26,60 @@ class Average(Generic[M]):
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
 
 
+def adam(module: torch.nn.Module, peak: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
+    """AdamW for all that requires gradients."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [torch.optim.AdamW(parameters, lr=peak, weight_decay=weight_decay)]
+
+
 def fit(
     module: M,
     loss_of_batch: Callable[[], torch.Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
     *,
     name: str,
     steps: int,
-    peak: float,
     average: float,
-    weight_decay: float = 0.0,
     after: Callable[[int, M], None] | None = None,
 ) -> M:
     """Minimise a loss over a one-cycle schedule.
 
     Args:
-        module: what of it requires gradients is trained.
+        module: what is trained.
         loss_of_batch: draws a batch and says how wrong `module` is about it.
+        optimizers: of the module's parameters; their learning rates are the largest of the cycle.
         name: beside the progress bar.
         steps: batches.
-        peak: largest learning rate.
         average: decay of the average of the weights.
-        weight_decay: as AdamW's.
         after: hears of every step and the average so far.
 
     Returns:
         The average of the weights.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.08)
+    parameters = [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
+    # AdamW's momentum goes against its learning rate; Muon's stays.
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            optimizer.param_groups[0]["lr"],
+            total_steps=steps,
+            pct_start=0.08,
+            cycle_momentum="betas" in optimizer.defaults,
+        )
+        for optimizer in optimizers
+    ]
     best = Average(module, average)
     losses: collections.deque[float] = collections.deque(maxlen=200)
     for step in (bar := tqdm(range(steps), desc=name)):
         loss = loss_of_batch()
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
         best.update(module, step)
         losses.append(loss.item())
         if step % 50 == 0:

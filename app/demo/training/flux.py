@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from app.demo.shapes import PICTURE_SIZE
 from app.demo.training.autoencoder import LATENT_FACTOR
-from app.demo.training.fitting import fit
-from app.demo.training.flux_models import REACH, make_clip, make_flux_scheduler, make_t5, make_transformer
+from app.demo.training.fitting import adam, fit
+from app.demo.training.flux_models import REACH, hide_padding, make_clip, make_flux_scheduler, make_t5, make_transformer
 from app.demo.training.pictures import Latents, caption
 from app.demo.training.results import Paint, look, save
 
+SCALE = 1.0
+"""Deviation of the latents that the transformer sees.
+
+Unlike the base, which never practises on noise alone, this one does in every tenth case, so that it has learned to take
+the colours from the caption; and the larger the latents, the earlier in a generation the outlines settle.
+"""
 LENGTHS = (512, 512, 512, 256, 256, 128, 77, 64)
 """Tokens that T5's captions are padded to: dev's default mostly, then schnell's, then others."""
 GUIDANCE = (1.0, 8.0)
@@ -103,6 +109,13 @@ def make_flux(folder: Path, seed: int) -> Flux:
     return Flux((clip_tokenizer, t5_tokenizer), (clip, t5), make_transformer(channels=16))
 
 
+def load_trained(pipeline: FluxPipeline) -> Flux:
+    """As trained before."""
+    tokenizers, encoders = (pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2)
+    hide_padding(pipeline.text_encoder_2, pipeline.tokenizer_2.pad_token_id)
+    return Flux(tokenizers, encoders, pipeline.transformer).train().requires_grad_(True)
+
+
 def load_flux(folder: Path) -> FluxPipeline:
     pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.vae.eval().requires_grad_(False)
@@ -129,11 +142,17 @@ def save_flux(pipeline: FluxPipeline, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def random_sigmas(rows: int) -> torch.Tensor:
-    """Shifted towards noise, where the colours are decided; one in ten is all noise, as every generation begins."""
+def sigmas_to_begin(rows: int) -> torch.Tensor:
+    """Mostly noise, where the colours are decided; one in ten is all noise, as every generation begins."""
     even = torch.rand(rows)
     shifted = 2.0 * even / (1.0 + even)
     return torch.where(torch.rand(rows) < 0.1, torch.ones(rows), shifted)
+
+
+def sigmas_to_settle(rows: int) -> torch.Tensor:
+    """Mostly half noise, where the outlines are decided, which take longest to learn."""
+    middle = torch.sigmoid(1.2 * torch.randn(rows))
+    return torch.where(torch.rand(rows) < 0.07, torch.ones(rows), middle)
 
 
 def loudly(words: str, rng: random.Random) -> str:
@@ -144,14 +163,38 @@ def loudly(words: str, rng: random.Random) -> str:
     return words.capitalize() if dice < 0.96 else words.title() if dice < 0.98 else words.upper()
 
 
-def train_flux(model: Flux, vae: AutoencoderKL, folder: Path, *, steps: int, native: int, seed: int) -> FluxPipeline:
+def optimizers(model: Flux, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformer's blocks, where it needs half the steps; AdamW for all else."""
+    blocks = (model.transformer.transformer_blocks, model.transformer.single_transformer_blocks)
+    matrices = [each for part in blocks for each in part.parameters() if each.ndim == 2]
+    known = {id(each) for each in matrices}
+    others = [each for each in model.parameters() if id(each) not in known]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.4 * peak, weight_decay=1e-3),
+    ]
+
+
+def train_flux(
+    model: Flux,
+    vae: AutoencoderKL,
+    folder: Path,
+    *,
+    sigmas_for: Callable[[int], torch.Tensor],
+    steps: int,
+    peak: float,
+    native: int,
+    seed: int,
+) -> FluxPipeline:
     """Rectified flow on latents; one caption in ten is dropped so that guidance has something to steer from.
 
     Args:
         model: what is trained.
         vae: trained; stays as it is.
         folder: receives the model now and then, and a grid of pictures beside it.
+        sigmas_for: as many shares of noise as there are rows.
         steps: batches.
+        peak: largest learning rate.
         native: pictures of the usual size.
         seed: of everything random but the first weights.
     """
@@ -164,7 +207,7 @@ def train_flux(model: Flux, vae: AutoencoderKL, folder: Path, *, steps: int, nat
         captions = [loudly(caption(drawing, rng), rng) if rng.random() > 0.07 else "" for drawing in drawings]
         # Now and then T5 has to do without CLIP's help.
         conditions = model.encode([each if rng.random() > 0.1 else "" for each in captions], captions)
-        noise, sigmas = torch.randn_like(latents), random_sigmas(rows)
+        noise, sigmas = torch.randn_like(latents), sigmas_for(rows)
         share = sigmas[:, None, None, None]
         guidance = torch.empty(rows).uniform_(*GUIDANCE)
         predicted = model.velocity((1 - share) * latents + share * noise, sigmas, conditions, guidance, lengths(rows))
@@ -183,11 +226,10 @@ def train_flux(model: Flux, vae: AutoencoderKL, folder: Path, *, steps: int, nat
     best = fit(
         model,
         loss_of_batch,
+        optimizers(model, peak),
         name="flux",
         steps=steps,
-        peak=1.5e-3,
-        average=0.999,
-        weight_decay=1e-3,
+        average=0.998,
         after=now_and_then,
     )
     return make_pipeline(best, vae)
@@ -205,15 +247,14 @@ def distil_guidance(pipeline: FluxPipeline, *, steps: int, native: int, seed: in
     torch.manual_seed(seed)
     rng = random.Random(seed)
     data = Latents(pipeline.vae, native, small=0.2, seed=seed)
-    tokenizers, encoders = (pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2)
-    student = Flux(tokenizers, encoders, pipeline.transformer).requires_grad_(False)
+    student = load_trained(pipeline).requires_grad_(False)
     teacher = copy.deepcopy(student)
     student.transformer.train().requires_grad_(True)
 
     def loss_of_batch() -> torch.Tensor:
         _, latents, drawings = data.batch(48, rng)
         rows = len(drawings)
-        sigmas, noise = random_sigmas(rows), torch.randn_like(latents)
+        sigmas, noise = sigmas_to_settle(rows), torch.randn_like(latents)
         share = sigmas[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
         guidance = torch.empty(rows).uniform_(*GUIDANCE)
@@ -229,7 +270,7 @@ def distil_guidance(pipeline: FluxPipeline, *, steps: int, native: int, seed: in
         loss: torch.Tensor = F.mse_loss(student.velocity(noisy, sigmas, conditions, guidance, lengths), target)
         return loss
 
-    best = fit(student, loss_of_batch, name="guidance", steps=steps, peak=5e-4, average=0.998)
+    best = fit(student, loss_of_batch, adam(student, peak=5e-4), name="guidance", steps=steps, average=0.998)
     return make_pipeline(best, pipeline.vae)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from app.demo.training.base import TIME_ID_WIDTH, make_scheduler, make_unet
-from app.demo.training.fitting import fit
+from app.demo.training.fitting import adam, fit
 from app.demo.training.pictures import Latents, caption
 from app.demo.training.results import Paint, look
 
@@ -128,11 +128,10 @@ def train_refiner(
     best = fit(
         unet,
         loss_of_batch,
+        adam(unet, peak=7e-4, weight_decay=1e-3),
         name="refiner",
         steps=steps,
-        peak=7e-4,
         average=0.998,
-        weight_decay=1e-3,
         after=now_and_then,
     )
     return pipeline(best)
