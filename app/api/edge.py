@@ -123,7 +123,8 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         if "Allow" in headers:
             # The framework names those of the path's first route only.
             found = [route for route in routes if isinstance(route, Route) and route.path_regex.match(request.url.path)]
-            methods = {headers["Allow"], *(name for route in found for name in route.methods or ())}
+            same = [route for route in found if route.path == found[0].path]
+            methods = {headers["Allow"], *(name for route in same for name in route.methods or ())}
             headers["Allow"] = ", ".join(sorted(methods))
         return json_response({"error": sentence}, error.status_code, headers)
 

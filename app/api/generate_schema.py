@@ -86,11 +86,16 @@ def _short(offer: Offer, extra: dict[str, Any]) -> dict[str, Any]:
         body = predict_schema.instance(offer, task)
         body["properties"] |= {
             "id": {"type": ["string", "null"], "maxLength": MAX_ID_LENGTH, "description": "Comes back in the answer."},
-            "priority": PRIORITY,
-            **extra,
+            **{name: _or_null(schema) for name, schema in {"priority": PRIORITY, **extra}.items()},
         }
         bodies.append(body)
     return {"oneOf": bodies}
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """As in the short form, where null means "not given"."""
+    nullable = {**schema, "type": [schema["type"], "null"]}
+    return {**nullable, "enum": [*schema["enum"], None]} if "enum" in schema else nullable
 
 
 def _infer_stream(offer: Offer) -> dict[str, Any]:
