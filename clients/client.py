@@ -23,6 +23,7 @@ import httpx
 from clients.answers import Picture, Result
 from clients.conversations import Call, Conversation, converse_health, converse_infer, converse_object, converse_wait
 from clients.errors import ClientError, ServerError, UnreachableError
+from clients.events import MEDIA_TYPE, OnStep, StreamReader
 from clients.inputs import Parameters, write_request
 
 __all__ = ["AsyncClient", "Client", "ClientError", "Parameters", "Picture", "Result", "ServerError", "UnreachableError"]
@@ -69,10 +70,12 @@ class _Endpoint:
         return converse_object(self._model_path)
 
     def generate(
-        self, prompt: str | Sequence[str], parameters: Parameters, request_id: str | None
+        self, prompt: str | Sequence[str], parameters: Parameters, request_id: str | None, on_step: OnStep | None
     ) -> Conversation[Result]:
-        body, json_length = write_request(prompt, parameters, self._binary, request_id)
-        call = Call("POST", f"{self._model_path}/infer", self._timeout, body, json_length)
+        # Events are text, so a stream's pictures are too.
+        body, json_length = write_request(prompt, parameters, self._binary and on_step is None, request_id)
+        verb = "infer" if on_step is None else "infer_stream"
+        call = Call("POST", f"{self._model_path}/{verb}", self._timeout, body, json_length, on_step=on_step)
         return converse_infer(call, self._retries)
 
     def unreachable(self, error: httpx.HTTPError, call: Call) -> UnreachableError:
@@ -176,13 +179,19 @@ class Client:
         return self._run(self._endpoint.metadata())
 
     def generate(
-        self, prompt: str | Sequence[str], *, request_id: str | None = None, **parameters: Unpack[Parameters]
+        self,
+        prompt: str | Sequence[str],
+        *,
+        request_id: str | None = None,
+        on_step: OnStep | None = None,
+        **parameters: Unpack[Parameters],
     ) -> Result:
         """Paint pictures.
 
         Args:
             prompt: what they show; several prompts are painted together.
             request_id: comes back as the result's `id`.
+            on_step: called after each denoising step with the steps done and the steps that there are.
             **parameters: see `Parameters`.
 
         Raises:
@@ -190,7 +199,7 @@ class Client:
             ServerError: the server refused or failed, and says why.
             UnreachableError: no answer.
         """
-        return self._run(self._endpoint.generate(prompt, parameters, request_id))
+        return self._run(self._endpoint.generate(prompt, parameters, request_id, on_step))
 
     def _run(self, conversation: Conversation[T]) -> T:
         try:
@@ -198,14 +207,31 @@ class Client:
             while True:
                 time.sleep(call.delay)
                 try:
-                    response = self._http.request(**call.arguments)
+                    response = self._request(call)
                 except httpx.HTTPError as error:
                     call = conversation.throw(self._endpoint.unreachable(error, call))
                 else:
-                    call = conversation.send(response)
+                    call = (
+                        conversation.send(response)
+                        if response is not None
+                        else conversation.throw(self._endpoint.broken())
+                    )
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+    def _request(self, call: Call) -> httpx.Response:
+        """The response, read to its end."""
+        if call.on_step is None:
+            return self._http.request(**call.arguments)
+        with self._http.stream(**call.arguments) as response:
+            if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+                response.read()
+                return response
+            reader = StreamReader(call.on_step)
+            for data in response.iter_bytes():
+                reader.feed(data)
+            return reader.finish()
 
 
 class AsyncClient:
@@ -258,11 +284,16 @@ class AsyncClient:
         return await self._run(self._endpoint.metadata())
 
     async def generate(
-        self, prompt: str | Sequence[str], *, request_id: str | None = None, **parameters: Unpack[Parameters]
+        self,
+        prompt: str | Sequence[str],
+        *,
+        request_id: str | None = None,
+        on_step: OnStep | None = None,
+        **parameters: Unpack[Parameters],
     ) -> Result:
         """See `Client.generate`."""
         # Files are read and pictures encoded where nobody waits for it.
-        conversation = await asyncio.to_thread(self._endpoint.generate, prompt, parameters, request_id)
+        conversation = await asyncio.to_thread(self._endpoint.generate, prompt, parameters, request_id, on_step)
         return await self._run(conversation)
 
     async def _run(self, conversation: Conversation[T]) -> T:
@@ -271,11 +302,28 @@ class AsyncClient:
             while True:
                 await asyncio.sleep(call.delay)
                 try:
-                    response = await self._http.request(**call.arguments)
+                    response = await self._request(call)
                 except httpx.HTTPError as error:
                     call = conversation.throw(self._endpoint.unreachable(error, call))
                 else:
-                    call = conversation.send(response)
+                    call = (
+                        conversation.send(response)
+                        if response is not None
+                        else conversation.throw(self._endpoint.broken())
+                    )
         except StopIteration as stop:
             result: T = stop.value
             return result
+
+    async def _request(self, call: Call) -> httpx.Response:
+        """The response, read to its end."""
+        if call.on_step is None:
+            return await self._http.request(**call.arguments)
+        async with self._http.stream(**call.arguments) as response:
+            if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+                await response.aread()
+                return response
+            reader = StreamReader(call.on_step)
+            async for data in response.aiter_bytes():
+                reader.feed(data)
+            return reader.finish()

@@ -14,6 +14,7 @@ import httpx
 
 from clients.answers import JSON_LENGTH, Result, read_object, read_result, require_ok
 from clients.errors import ClientError, ServerError, UnreachableError
+from clients.events import OnStep
 
 QUICK_TIMEOUT = httpx.Timeout(10.0)
 """For answers that need no model."""
@@ -39,6 +40,8 @@ class Call:
     """Of `content`, where tensors' bytes follow its JSON."""
     delay: float = 0.0
     """Seconds to wait before it."""
+    on_step: OnStep | None = None
+    """Told of each step where the answer is a stream of events."""
 
     @property
     def arguments(self) -> dict[str, Any]:

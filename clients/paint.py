@@ -67,16 +67,24 @@ async def paint(options: argparse.Namespace) -> None:
 
         async def paint_one(number: int) -> None:
             seeded: Parameters = {**parameters, "seed": None if options.seed is None else options.seed + number}
+            steps = 0
+
+            def on_step(done: int, total: int) -> None:
+                nonlocal steps
+                # All pictures take as many steps as the first one that tells.
+                bar.total = total * options.number
+                bar.update(done - steps)
+                steps = done
+
             async with places:
-                result = await client.generate(options.prompt, **seeded)
+                result = await client.generate(options.prompt, on_step=on_step if shown else None, **seeded)
             for picture in result.pictures:
                 path = save(picture, options.prompt, options.out)
                 tqdm.write(f"{path}\tseed {picture.seed}")
-            bar.update()
 
         try:
-            # Without a terminal, `disable=None` shows no bar.
-            with tqdm(total=options.number, unit="picture", disable=None) as bar:
+            shown = sys.stderr.isatty()
+            with tqdm(unit="step", disable=not shown) as bar:
                 async with asyncio.TaskGroup() as group:
                     for number in range(options.number):
                         group.create_task(paint_one(number))

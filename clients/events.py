@@ -1,0 +1,72 @@
+"""A streamed answer, from bytes to steps and, in the end, to the response that an answer in one piece would have been.
+
+Source: the HTML standard, "Server-sent events".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+OnStep = Callable[[int, int], None]
+"""Called with the steps that are done and those that there are; both are of all pictures of a request."""
+MEDIA_TYPE = "text/event-stream"
+
+
+@dataclass(slots=True)
+class StreamReader:
+    """Reads events as their bytes come.
+
+    Args:
+        on_step: is told of each step.
+    """
+
+    on_step: OnStep
+    _response: httpx.Response | None = None
+    _pending: bytes = b""
+    _fields: dict[str, str] = field(default_factory=dict)
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes, wherever they are cut."""
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            self._line(line.removesuffix(b"\r").decode("utf-8", "replace"))
+
+    def finish(self) -> httpx.Response:
+        """The answer.
+
+        Raises:
+            httpx.RemoteProtocolError: the stream ended before it was there.
+        """
+        if self._response is None:
+            raise httpx.RemoteProtocolError("the stream ended without an answer")
+        return self._response
+
+    def _line(self, line: str) -> None:
+        if line:
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            self._fields[name] = f"{self._fields[name]}\n{value}" if name == "data" and name in self._fields else value
+            return
+        fields, self._fields = self._fields, {}
+        if "data" in fields:
+            self._event(fields.get("event", "message"), fields["data"])
+
+    def _event(self, name: str, data: str) -> None:
+        if name == "done":
+            self._response = httpx.Response(200, content=data.encode(), headers={"Content-Type": "application/json"})
+            return
+        try:
+            fields: Any = json.loads(data)
+            if name == "step":
+                self.on_step(int(fields["step"]), int(fields["steps"]))
+            elif name == "error":
+                self._response = httpx.Response(int(fields["status"]), json={"error": str(fields["error"])})
+        except (ValueError, KeyError, TypeError):
+            self._response = httpx.Response(
+                502, json={"error": f"The server sent an event that makes no sense: {name}."}
+            )
