@@ -314,14 +314,14 @@ class Hangs(Instant):
 class Previews(Instant):
     """Shows what it has so far: grey from the latents."""
 
-    def preview(self, job: FakeJob) -> np.ndarray | None:
-        return np.full((2, 2, 3), 128, np.uint8)
+    def preview(self, job: FakeJob, whole: bool = False) -> np.ndarray | None:
+        return super().preview(job, whole) if whole else np.full((2, 2, 3), 128, np.uint8)
 
 
 class CannotPreview(Instant):
     """Breaks when it is asked for a preview."""
 
-    def preview(self, job: FakeJob) -> np.ndarray | None:
+    def preview(self, job: FakeJob, whole: bool = False) -> np.ndarray | None:
         raise RuntimeError("preview broke")
 
 

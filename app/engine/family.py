@@ -119,10 +119,14 @@ class Family(abc.ABC, Generic[J]):
             GenerationFailed: there is no picture, such as for latents that are not finite.
         """
 
-    def preview(self, job: J) -> np.ndarray | None:
-        """What `job`'s latents show so far, small and cheap: uint8 ``[h, w, 3]``; ``None`` where nothing cheap is."""
-        del job
-        return None
+    def preview(self, job: J, whole: bool = False) -> np.ndarray | None:
+        """What `job`'s latents show so far: uint8 ``[h, w, 3]``, small and cheap; ``None`` where nothing cheap is.
+
+        Args:
+            job: at any step; it is left as it is.
+            whole: in full size, at the price of a decode.
+        """
+        return self.decode([job])[0] if whole else None
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         """Sentences for the caller about what of a resolved request has no effect."""

@@ -253,8 +253,10 @@ class FluxFamily(Family[FluxJob]):
         return latents
 
     @on_device
-    def preview(self, job: FluxJob) -> np.ndarray:
-        return self._vae.preview(self._unpack(job))
+    def preview(self, job: FluxJob, whole: bool = False) -> np.ndarray:
+        latents = self._unpack(job)
+        picture: np.ndarray = self._vae.decode(latents)[0] if whole else self._vae.preview(latents)
+        return picture
 
     @property
     def decode_retries(self) -> int:  # type: ignore[override]

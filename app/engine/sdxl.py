@@ -379,12 +379,13 @@ class SdxlFamily(Family[SdxlJob]):
         return vae.decode(torch.cat([job.latents for job in jobs]), tiled)
 
     @on_device
-    def preview(self, job: SdxlJob) -> np.ndarray:
-        leg = job.leg
-        if job.leg_step == len(leg.timesteps):
-            return leg.part.vae.preview(job.latents)
-        # As the UNet sees them: the schedulers that count in sigmas keep latents far larger than they mean.
-        return leg.part.vae.preview(leg.scheduler.scale_model_input(job.latents, leg.scheduler_timesteps[job.leg_step]))
+    def preview(self, job: SdxlJob, whole: bool = False) -> np.ndarray:
+        leg, latents = job.leg, job.latents
+        if job.leg_step < len(leg.timesteps):
+            # As the UNet sees them: the schedulers that count in sigmas keep latents far larger than they mean.
+            latents = leg.scheduler.scale_model_input(latents, leg.scheduler_timesteps[job.leg_step])
+        picture: np.ndarray = leg.part.vae.decode(latents)[0] if whole else leg.part.vae.preview(latents)
+        return picture
 
     @property
     def decode_retries(self) -> int:  # type: ignore[override]

@@ -229,8 +229,8 @@ class Worker:
             if ticket.listeners:
                 ticket.tell(ticket.progress(admission.remaining(ticket, self._costs)))
         for image in images:
-            wish = image.ticket.preview
-            if wish and image.ticket.listeners and image.remaining and image.steps_done % wish.every == 0:
+            wish, new = image.ticket.preview, image.steps_done > before[image]
+            if wish and new and image.ticket.listeners and image.remaining and image.steps_done % wish.every == 0:
                 self._preview(image, wish.kind)
 
     def _preview(self, image: Image, kind: PreviewKind) -> None:
@@ -238,8 +238,7 @@ class Worker:
         shown: list[np.ndarray | None] = []
 
         def look(_: Sequence[Image]) -> None:
-            vae = kind is PreviewKind.VAE
-            shown.append(self.family.decode([image.job])[0] if vae else self.family.preview(image.job))
+            shown.append(self.family.preview(image.job, whole=kind is PreviewKind.VAE))
 
         fault = self._attempts.once("preview", [image], look)
         picture = shown[0] if shown else None

@@ -43,7 +43,7 @@ class Moody(Timed):
             self._mood(jobs)
         return super().decode(jobs, tiled)
 
-    def preview(self, job: FakeJob) -> Any:
+    def preview(self, job: FakeJob, whole: bool = False) -> Any:
         self._mood([job])
 
 
