@@ -18,8 +18,9 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.WebPImagePlugin import WebPImageFile
 
 from app.errors import InvalidRequest
-from app.generation import GenerateRequest, ImageFormat, Pixels, write_adapters
+from app.generation import GenerateRequest, ImageFormat, Pixels
 from app.image_files import essentials, image_format
+from app.parameters import write_adapters
 
 # Level 1 is three times as fast as Pillow's default for a few per cent more bytes.
 _SAVE_OPTIONS = {

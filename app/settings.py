@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from pydantic.fields import FieldInfo
 
 from app.errors import InvalidSettings
-from app.generation import Limits, nearest
+from app.generation import Limits
+from app.sentences import nearest
 
 ALIASES = {"huggingface_token": "HF_TOKEN"}
 """Environment variables that are read where a setting's own is not there."""

@@ -31,7 +31,8 @@ from app.engine.batcher import Ticket
 from app.engine.idempotency import Once
 from app.engine.repository import Model, State
 from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
-from app.generation import Generation, describe, shorten
+from app.generation import Generation
+from app.sentences import describe, shorten
 from app.settings import Settings
 from app.telemetry import Access, AccessLog, request_id
 

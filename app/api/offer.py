@@ -16,9 +16,7 @@ from typing import Any
 from app.engine.family import Family
 from app.errors import InvalidRequest
 from app.generation import (
-    MAX_LIST,
     PARAMETERS,
-    TIMESTEP_SPACINGS,
     GenerateRequest,
     ImageFormat,
     ImageTask,
@@ -27,6 +25,7 @@ from app.generation import (
     Parameter,
     Pixels,
 )
+from app.parameters import MAX_LIST, TIMESTEP_SPACINGS
 
 NO_NUL = "^[^\\u0000]*$"
 IMAGE_PARAMETERS = ("image", "mask_image", "strength")

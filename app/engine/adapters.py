@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import InvalidRequest, ModelLoadFailed
-from app.generation import describe, nearest
+from app.sentences import describe, nearest
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from app.errors import InvalidRequest
-from app.generation import SIGMA_SPACINGS, GenerateRequest, describe
+from app.generation import GenerateRequest
+from app.parameters import SIGMA_SPACINGS
+from app.sentences import describe
 
 NAMES: Mapping[str, type[Any]] = MappingProxyType(
     {"Euler": FlowMatchEulerDiscreteScheduler, "Heun": FlowMatchHeunDiscreteScheduler}

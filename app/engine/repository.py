@@ -14,16 +14,10 @@ from app.engine.family import Family
 from app.engine.idempotency import Once
 from app.engine.queue import RequestStatus
 from app.errors import ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
-from app.generation import (
-    DEFAULT_PRIORITY,
-    GenerateRequest,
-    Limits,
-    PreviewWish,
-    check_combinations,
-    check_limits,
-    describe,
-)
+from app.generation import DEFAULT_PRIORITY, GenerateRequest, Limits, PreviewWish
 from app.images import decode_images
+from app.parameters import check_combinations, check_limits
+from app.sentences import describe
 
 
 class State(enum.StrEnum):

@@ -17,7 +17,8 @@ import torch
 
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
-from app.generation import GenerateRequest, describe, nearest
+from app.generation import GenerateRequest
+from app.sentences import describe, nearest
 
 logger = logging.getLogger(__name__)
 

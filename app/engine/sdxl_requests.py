@@ -16,7 +16,8 @@ from diffusers import (
 from app.engine.adapters import resolve as resolve_loras
 from app.engine.sdxl_job import Part
 from app.errors import InvalidRequest
-from app.generation import GenerateRequest, ImageTask, describe
+from app.generation import GenerateRequest, ImageTask
+from app.sentences import describe
 
 DENOISING_LIMIT = 0.8
 """Where the refiner takes over unless a request says; its authors' value."""

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.errors import InvalidRequest
-from app.generation import ALIASES, GenerateRequest, Preview, Progress, describe
+from app.generation import GenerateRequest, Preview, Progress
+from app.parameters import ALIASES
 from app.protocol.infer_request import OPTIONS, parse_infer, parse_options
 from app.protocol.oip import DEFAULT_OUTPUTS, MAX_ID_LENGTH, InferCall, RequestedOutput
 from app.protocol.strict_json import parse_json
 from app.protocol.v1 import read_instance
+from app.sentences import describe
 
 HEARTBEAT = b": still here\n\n"
 """A comment: clients ignore it, proxies see that the connection is in use."""

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from app.errors import InvalidRequest
 from app.generation import (
-    ALIASES,
     MAX_PRIORITY,
     PARAMETERS,
     GenerateRequest,
@@ -24,10 +23,8 @@ from app.generation import (
     Pixels,
     PreviewKind,
     PreviewWish,
-    describe,
-    nearest,
-    parse_parameter,
 )
+from app.parameters import ALIASES, parse_parameter
 from app.protocol import tensors
 from app.protocol.oip import (
     DEFAULT_OUTPUTS,
@@ -41,6 +38,7 @@ from app.protocol.oip import (
 )
 from app.protocol.strict_json import describe_validation, parse_json
 from app.protocol.values import MAX_JSON_NUMBERS, check_text, picture_shape, read_image_file, split_pictures
+from app.sentences import describe, nearest
 
 MAX_ELEMENTS = 8192
 """Elements of one input; refused before work is done for each of them."""

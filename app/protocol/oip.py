@@ -27,8 +27,8 @@ from app.generation import (
     Kind,
     Pixels,
     PreviewWish,
-    write_adapters,
 )
+from app.parameters import write_adapters
 from app.protocol import tensors
 
 SERVER_NAME = "sdxl-runtime"

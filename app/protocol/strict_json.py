@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from app.errors import InvalidRequest
-from app.generation import describe, nearest, shorten
+from app.sentences import describe, nearest, shorten
 
 MAX_NAMES = 256
 """Names in one object; no message needs as many."""

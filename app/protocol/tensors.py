@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from app.errors import InvalidRequest
-from app.generation import describe
+from app.sentences import describe
 
 NUMPY_TYPES: dict[str, str] = {
     "BOOL": "|b1",

@@ -16,9 +16,11 @@ from types import MappingProxyType
 from typing import Any
 
 from app.errors import InvalidRequest
-from app.generation import ALIASES, PARAMETERS, GenerateRequest, Generation, Kind, describe, nearest, parse_parameter
+from app.generation import PARAMETERS, GenerateRequest, Generation, Kind
+from app.parameters import ALIASES, parse_parameter
 from app.protocol.strict_json import parse_json
 from app.protocol.values import check_text, read_image_file
+from app.sentences import describe, nearest
 
 MAX_INSTANCES = 8192
 """Refused before work is done for each of them."""

@@ -9,7 +9,8 @@ import base64
 from collections.abc import Sequence
 
 from app.errors import InvalidRequest
-from app.generation import Pixels, describe
+from app.generation import Pixels
+from app.sentences import describe
 
 MAX_JSON_NUMBERS = 3 * 1024 * 1024
 """Numbers of pictures in JSON; larger ones come as binary data or as encoded files."""

@@ -14,7 +14,8 @@ from app.engine.flux import FluxFamily
 from app.engine.flux_requests import PARAMETERS as FLUX_PARAMETERS
 from app.engine.flux_requests import WITHOUT_EFFECT
 from app.errors import InvalidRequest
-from app.generation import PARAMETERS, GenerateRequest, Pixels, check_combinations
+from app.generation import PARAMETERS, GenerateRequest, Pixels
+from app.parameters import check_combinations
 from tests.tiny_flux import make_flux
 
 

@@ -10,20 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import InvalidRequest
-from app.generation import (
-    MAX_SEED,
-    PARAMETERS,
-    SYNONYMS,
-    GenerateRequest,
-    ImageFormat,
-    Kind,
-    Limits,
-    check_combinations,
-    check_limits,
-    describe,
-    nearest,
-    parse_parameter,
-)
+from app.generation import MAX_SEED, PARAMETERS, GenerateRequest, ImageFormat, Kind, Limits
+from app.parameters import check_combinations, check_limits, parse_parameter
+from app.sentences import SYNONYMS, describe, nearest
 
 LIMITS = Limits(max_steps=50, max_pixels=1024 * 1024, max_images_per_request=4, max_prompt_length=100)
 

@@ -17,7 +17,6 @@ from diffusers import (
 
 from app.errors import InvalidRequest
 from app.generation import (
-    ALIASES,
     PARAMETERS,
     GeneratedImage,
     GenerateRequest,
@@ -26,6 +25,7 @@ from app.generation import (
     Pixels,
     Timings,
 )
+from app.parameters import ALIASES
 from app.protocol.v1 import NOT_OVER_JSON, parse_predict, write_predictions
 
 FILE = base64.b64encode(b"a file").decode()

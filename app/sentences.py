@@ -1,0 +1,72 @@
+"""What sentences for people are made of: values cut short, and the name that was probably meant.
+
+Standard library only. Nothing here knows what is said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+SYNONYMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "text": ("prompt",),
+        "negative": ("negative_prompt",),
+        "size": ("height", "width"),
+        "steps": ("num_inference_steps",),
+        "num_steps": ("num_inference_steps",),
+        "sampling_steps": ("num_inference_steps",),
+        "cfg": ("guidance_scale",),
+        "cfg_scale": ("guidance_scale",),
+        "guidance": ("guidance_scale",),
+        "true_cfg": ("true_cfg_scale",),
+        "sampler": ("scheduler",),
+        "sampler_name": ("scheduler",),
+        "n": ("num_images_per_prompt",),
+        "batch_size": ("num_images_per_prompt",),
+        "num_images": ("num_images_per_prompt",),
+        "num_outputs": ("num_images_per_prompt",),
+        "init_image": ("image",),
+        "input_image": ("image",),
+        "mask": ("mask_image",),
+        "denoising_strength": ("strength",),
+        "prompt_strength": ("strength",),
+        "image_strength": ("strength",),
+        "refiner_start": ("denoising_limit",),
+        "switch_at": ("denoising_limit",),
+        "lora": ("loras",),
+        "adapters": ("loras",),
+        "lora_scale": ("loras",),
+        "response_format": ("output_format",),
+        "format": ("output_format",),
+    }
+)
+"""What other servers call a parameter; not taken here, but suggested."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxother = 60
+LONGEST_NUMBER = 30
+
+
+def describe(value: object) -> str:
+    """`value` as it can stand in a sentence, however long it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**LONGEST_NUMBER:
+        return f"a number with more than {LONGEST_NUMBER} digits"
+    return shorten(_SHORT.repr(value[:100] if isinstance(value, str | bytes) else value), most=60)
+
+
+def shorten(text: str, most: int = 100) -> str:
+    """At most that many characters of `text`, with dots where the rest was."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` where `name` is a common word for something known, or spelt like it; else nothing."""
+    known = list(known)
+    key = name[:60].lower().replace("-", "_")
+    meant = [synonym for synonym in SYNONYMS.get(key, ()) if synonym in known]
+    meant = meant or difflib.get_close_matches(name[:60], known, n=1)
+    return f" (did you mean {' and '.join(map(repr, meant))}?)" if meant else ""
