@@ -103,8 +103,6 @@ def clean_environment(**extra: str) -> dict[str, str]:
     """The environment for a server: none of its settings from ours, and the package found wherever it runs."""
     settings = {name.upper() for name in Settings.model_fields}
     environment = {name: value for name, value in os.environ.items() if name not in settings}
-    # A team of threads per process would fight over the cores with whatever else runs here.
-    environment.setdefault("OMP_NUM_THREADS", "1")
     paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     environment["PYTHONUNBUFFERED"] = "1"

@@ -1174,7 +1174,7 @@ class TestKeys:
     def test_are_wanted_on_every_route_but_health(self, outsider: httpx.Client) -> None:
         routes = outsider.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()["paths"]
         assert INFER.replace("sdxl", "{model_name}") in routes
-        paths = [path.format(model_name="sdxl", model_version="1") for path in routes]
+        paths = [path.format(model_name="sdxl", model_version="1", request_id="my-circle") for path in routes]
         paths += ["/openapi.json", "/docs", "/docs/", "/docs/files/swagger-ui.css", "/", "/nothing", "/metrics/", "//"]
         for path in paths:
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD"):
