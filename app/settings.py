@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from app.errors import InvalidSettings
@@ -24,6 +25,7 @@ from app.sentences import nearest
 
 ALIASES = {"huggingface_token": "HF_TOKEN"}
 """Environment variables that are read where a setting's own is not there."""
+WARM_SIZE = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
 
 
 class Settings(BaseModel):
@@ -84,6 +86,20 @@ class Settings(BaseModel):
         "none",
         description="Smaller weights of the UNet or transformer: fp8 stores 8 bits and computes in dtype; int8 and nf4 "
         "need the extra 'quantization'.",
+    )
+    optimize: Literal["auto", "off", "safe", "compile", "max"] = Field(
+        "auto",
+        description="How hard the device is made to work. safe: nothing lost but other rounding. compile: minutes more "
+        "at the first start. max: more memory, 8-bit matrix products where the GPU has them, and requests may trade "
+        "their picture for speed. 'auto' is safe on a GPU and off on a CPU.",
+    )
+    warm_sizes: tuple[str, ...] = Field(
+        (),
+        description="WIDTHxHEIGHT of pictures that compile and max prepare for, repeatable, or separated by commas; "
+        "the model's own size unless given. Other sizes are painted too, as with safe.",
+    )
+    cache_dir: Path | None = Field(
+        None, description="Folder that keeps what was compiled for the next start; a volume that outlives the server."
     )
     vae_tiling: bool = Field(False, description="Decode large pictures in tiles: less memory, faint seams.")
     vae_slicing: bool = Field(False, description="Decode pictures one by one: less memory.")
@@ -202,6 +218,19 @@ class Settings(BaseModel):
         if self.replicas > 1 and self.device.startswith("cuda:"):
             raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
         return self
+
+    @field_validator("warm_sizes")
+    @classmethod
+    def _sizes_are_read(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
+        for size in sizes:
+            if not WARM_SIZE.fullmatch(size):
+                raise ValueError("WIDTHxHEIGHT in pixels, such as 1024x1024, or several with commas between")
+        return sizes
+
+    @property
+    def warm_pictures(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each of the `warm_sizes`."""
+        return tuple((int(width), int(height)) for width, height in (size.split("x") for size in self.warm_sizes))
 
     def for_replica(self, index: int) -> Settings:
         """These settings for one of several copies of the model."""

@@ -8,7 +8,7 @@ knows queues, tickets or HTTP, and importing it does not import torch.
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -70,6 +70,21 @@ class Family(abc.ABC, Generic[J]):
         Raises:
             InvalidRequest: the model cannot do this; the sentence says what it can do.
         """
+
+    def warm(self, report: Callable[[str], None]) -> None:
+        """Compile what is to be compiled; called once, before anything else on the device.
+
+        Args:
+            report: hears what is being done.
+
+        Raises:
+            ModelLoadFailed: this machine cannot compile.
+        """
+        del report
+
+    unexpected_shapes: int = 0
+    """Passes through a compiled part in a shape that it was not warmed with, and so as with nothing compiled; counts
+    up."""
 
     @abc.abstractmethod
     def encode(self, request: GenerateRequest) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,10 @@ from app.engine.family import Family
 from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
 from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
 from app.engine.flux_requests import FluxRequests
+from app.engine.fp8 import use_fp8
+from app.engine.optimization import OFF, Optimization
 from app.engine.vae import Vae
+from app.engine.warming import warm
 from app.generation import GenerateRequest
 
 EMBEDDING_CACHE_SIZE = 32
@@ -36,17 +39,31 @@ class FluxFamily(Family[FluxJob]):
     Args:
         pipeline: loaded, on its device; its components are used, its ``__call__`` never.
         adapters: LoRA adapters of the pipeline.
+        optimization: how hard the device is made to work.
     """
 
-    def __init__(self, pipeline: FluxPipeline, adapters: Adapters | None = None) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, adapters: Adapters | None = None, optimization: Optimization = OFF
+    ) -> None:
         self._pipeline = pipeline
         self._adapters = adapters
         self._transformer = pipeline.transformer
+        self._optimization = optimization
+        self._compiler = optimization.compiler()
+        optimization.arrange(pipeline.vae)
+        if optimization.fp8:
+            use_fp8(self._transformer)
+        self._predict_rows: Callable[..., Any] = self._transformer
+        if self._compiler is not None:
+            # It is nearly all blocks of two kinds; compiling them takes seconds, the whole takes a minute.
+            self._predict_rows = self._compiler.compile_blocks(self._transformer)
+            for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+                self._compiler.compile_encoder(encoder)
         self._device: torch.device = pipeline._execution_device
         self._pace = Pace(self._device)
         # Only for its helpers; the pipeline itself has none that reads an image.
         self._inpaint = FluxInpaintPipeline(**pipeline.components)
-        self._vae = Vae(pipeline.vae, self._inpaint.image_processor)
+        self._vae = Vae(pipeline.vae, self._inpaint.image_processor, self._compiler)
         self._factor: int = pipeline.vae_scale_factor * 2
         self._schedulers = FlowSchedulers(pipeline.scheduler)
         self._requests = FluxRequests(pipeline, self._schedulers, adapters.names if adapters else ())
@@ -63,6 +80,15 @@ class FluxFamily(Family[FluxJob]):
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._requests.warnings(request)
+
+    def warm(self, report: Callable[[str], None]) -> None:
+        if self._compiler is not None:
+            side = self._requests.own_size
+            warm(self, self._compiler, self._optimization, (side, side), report)
+
+    @property
+    def unexpected_shapes(self) -> int:  # type: ignore[override]
+        return self._compiler.unexpected if self._compiler else 0
 
     # --- encode ------------------------------------------------------------------------------------------------
 
@@ -212,16 +238,17 @@ class FluxFamily(Family[FluxJob]):
     def _predict(self, rows: Sequence[tuple[FluxJob, Embedding]]) -> tuple[torch.Tensor, ...]:
         """One forward pass: the direction from picture to noise for each of `rows`, ``[1, tokens, 4 c]``."""
         job, embedding = rows[0]
-        predicted: torch.Tensor = self._transformer(
-            hidden_states=torch.cat([job.latents for job, _ in rows]),
-            timestep=torch.stack([job.timesteps[job.step_index] for job, _ in rows]),
-            guidance=_cat_or_none([job.guidance for job, _ in rows]),
-            pooled_projections=torch.cat([embedding.pooled for _, embedding in rows]),
-            encoder_hidden_states=torch.cat([embedding.hidden for _, embedding in rows]),
-            txt_ids=embedding.ids,
-            img_ids=job.image_ids,
-            return_dict=False,
-        )[0]
+        with self._optimization.attention(self._device):
+            predicted: torch.Tensor = self._predict_rows(
+                hidden_states=torch.cat([job.latents for job, _ in rows]),
+                timestep=torch.stack([job.timesteps[job.step_index] for job, _ in rows]),
+                guidance=_cat_or_none([job.guidance for job, _ in rows]),
+                pooled_projections=torch.cat([embedding.pooled for _, embedding in rows]),
+                encoder_hidden_states=torch.cat([embedding.hidden for _, embedding in rows]),
+                txt_ids=embedding.ids,
+                img_ids=job.image_ids,
+                return_dict=False,
+            )[0]
         return predicted.chunk(len(rows))
 
     @staticmethod

@@ -56,7 +56,7 @@ class FluxRequests:
         self._tokenizer = copy.deepcopy(pipeline.tokenizer_2)
         self._tokenizer_lock = threading.Lock()
         self._factor: int = pipeline.vae_scale_factor * 2
-        self._own_size = _own_size(pipeline, self._factor)
+        self.own_size = _own_size(pipeline, self._factor)
         self._defaults = {
             task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
             for task, stock in STOCK.items()
@@ -92,7 +92,7 @@ class FluxRequests:
             if size is not None:
                 self._check_side(name, size)
             elif own is None:
-                sides[name] = self._own_size
+                sides[name] = self.own_size
             else:
                 sides[name] = getattr(own, name)
                 if getattr(own, name) % self._factor:

@@ -6,7 +6,7 @@ for the same weights, seed and parameters; with a refiner, the picture of the tw
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,14 @@ from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
 from app.engine.device import Pace, on_device
 from app.engine.family import Family
+from app.engine.optimization import OFF, Optimization
 from app.engine.prompts import Embedding
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
 from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
+from app.engine.warming import warm
 from app.generation import PARAMETERS, GenerateRequest, ImageTask
 
+CPU = torch.device("cpu")
 OTHERS_PARAMETERS = frozenset({"true_cfg_scale", "max_sequence_length"})
 """FLUX's."""
 
@@ -37,6 +40,7 @@ class SdxlFamily(Family[SdxlJob]):
         pipeline: the base, loaded, on its device; its components are used, its ``__call__`` never.
         refiner: the same for the refiner.
         adapters: LoRA adapters of the base.
+        optimization: how hard the device is made to work.
     """
 
     def __init__(
@@ -44,12 +48,16 @@ class SdxlFamily(Family[SdxlJob]):
         pipeline: StableDiffusionXLPipeline,
         refiner: StableDiffusionXLImg2ImgPipeline | None = None,
         adapters: Adapters | None = None,
+        optimization: Optimization = OFF,
     ) -> None:
         self._pipeline = pipeline
         self._device: torch.device = pipeline._execution_device
         self._pace = Pace(self._device)
-        self._base = Part("base", pipeline, self._device)
-        self._refiner = None if refiner is None else Part("refiner", refiner, self._device, self._base.vae)
+        self._optimization = optimization
+        self._compiler = optimization.compiler()
+        how: Any = {"optimization": optimization, "compiler": self._compiler}
+        self._base = Part("base", pipeline, self._device, **how)
+        self._refiner = None if refiner is None else Part("refiner", refiner, self._device, self._base.vae, **how)
         self._adapters = adapters
         self._factor: int = pipeline.vae_scale_factor
         self._unet = pipeline.unet
@@ -69,6 +77,15 @@ class SdxlFamily(Family[SdxlJob]):
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._requests.warnings(request)
+
+    def warm(self, report: Callable[[str], None]) -> None:
+        if self._compiler is not None:
+            side = self._requests.own_size
+            warm(self, self._compiler, self._optimization, (side, side), report)
+
+    @property
+    def unexpected_shapes(self) -> int:  # type: ignore[override]
+        return self._compiler.unexpected if self._compiler else 0
 
     # --- encode ------------------------------------------------------------------------------------------------
 
@@ -113,6 +130,9 @@ class SdxlFamily(Family[SdxlJob]):
         dtype = conditioning.positive[self._base.name].hidden.dtype
         legs = self._legs(request, conditioning, generator)
         latents, inpainting = self._latents(request, legs[0], generator, dtype)
+        if inpainting is not None:
+            for leg in legs:
+                leg.kept = self._kept(leg, dtype)
         # So few steps that none falls to the base: the refiner gets the base's noise, as from the stock pipeline.
         legs = [leg for leg in legs if len(leg.timesteps)] or legs[:1]
         guided = bool(conditioning.negative)
@@ -157,12 +177,12 @@ class SdxlFamily(Family[SdxlJob]):
             )
             legs = [refiner] if alone else [base, refiner] if len(refiner.scheduler_timesteps) else [base]
         for leg in legs:
-            leg.timesteps = leg.scheduler_timesteps.to(torch.float32)
+            leg.timesteps = leg.scheduler_timesteps.to(self._device, torch.float32)
         return legs
 
     def _leg(self, part: Part, request: GenerateRequest, conditioning: Conditioning, generator: torch.Generator) -> Leg:
         """The way through one part with all its steps, from where `strength` begins."""
-        scheduler, timesteps = part.schedulers.begin(request, self._device)
+        scheduler, timesteps = part.schedulers.begin(request, CPU)
         positive, negative = conditioning.positive[part.name], conditioning.negative.get(part.name)
         embeddings = [positive] if negative is None else [negative, positive]
         time_ids = self._time_ids(part, request, positive.hidden.dtype)
@@ -189,6 +209,7 @@ class SdxlFamily(Family[SdxlJob]):
 
     @staticmethod
     def _start(leg: Leg, index: int) -> None:
+        leg.start = index
         leg.scheduler_timesteps = leg.scheduler.timesteps[index:]
         leg.first_timestep = leg.scheduler.timesteps[index : index + 1]
         if hasattr(leg.scheduler, "set_begin_index"):
@@ -279,6 +300,19 @@ class SdxlFamily(Family[SdxlJob]):
         nine = leg.part.unet.config.in_channels != channels
         return latents, Inpainting(small, image_latents, noise, masked_latents if nine else None)
 
+    def _kept(self, leg: Leg, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Asked of the scheduler once for all steps: its own way there goes through the host."""
+        one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+        pairs = []
+        for index, timestep in enumerate(leg.scheduler_timesteps):
+            scheduler = schedulers.snapshot(leg.scheduler)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(leg.start + index)
+            at = timestep.reshape(1)
+            pairs.append(torch.cat([scheduler.add_noise(one, zero, at), scheduler.add_noise(zero, one, at)]))
+        both = torch.stack(pairs).to(self._device) if pairs else torch.zeros(0, 2, 1, device=self._device)
+        return both[:, 0, 0], both[:, 1, 0]
+
     # --- step --------------------------------------------------------------------------------------------------
 
     def signature(self, job: SdxlJob) -> Hashable:
@@ -297,17 +331,18 @@ class SdxlFamily(Family[SdxlJob]):
         inputs = {id(job): self._input(job) for job in jobs}
         negative, positive = slice(0, 1), slice(-1, None)
         rows = [(job.leg, negative) for job in guided] + [(job.leg, positive) for job in jobs]
-        predicted = jobs[0].leg.part.unet(
-            torch.cat([inputs[id(job)] for job in row_jobs]),
-            torch.stack([job.leg.timesteps[job.leg_step] for job in row_jobs]),
-            encoder_hidden_states=torch.cat([leg.embeddings[row] for leg, row in rows]),
-            timestep_cond=_cat_or_none([job.leg.timestep_cond for job in row_jobs]),
-            added_cond_kwargs={
-                "text_embeds": torch.cat([leg.pooled[row] for leg, row in rows]),
-                "time_ids": torch.cat([leg.time_ids[row] for leg, row in rows]),
-            },
-            return_dict=False,
-        )[0]
+        with self._optimization.attention(self._device):
+            predicted = jobs[0].leg.part.predict(
+                torch.cat([inputs[id(job)] for job in row_jobs]),
+                torch.stack([job.leg.timesteps[job.leg_step] for job in row_jobs]),
+                encoder_hidden_states=torch.cat([leg.embeddings[row] for leg, row in rows]),
+                timestep_cond=_cat_or_none([job.leg.timestep_cond for job in row_jobs]),
+                added_cond_kwargs={
+                    "text_embeds": torch.cat([leg.pooled[row] for leg, row in rows]),
+                    "time_ids": torch.cat([leg.time_ids[row] for leg, row in rows]),
+                },
+                return_dict=False,
+            )[0]
         noise = dict(zip(map(id, jobs), predicted[len(guided) :].chunk(len(jobs)), strict=True))
         if guided:
             steered = self._guide(guided, predicted[: len(guided)], torch.cat([noise[id(job)] for job in guided]))
@@ -346,7 +381,7 @@ class SdxlFamily(Family[SdxlJob]):
         try:
             latents = scheduler.step(noise, timestep, job.latents, **leg.step_options, return_dict=False)[0]
             if inpainting is not None and inpainting.masked_latents is None:
-                latents = self._keep_unmasked(job, scheduler, latents, inpainting)
+                latents = self._keep_unmasked(job, latents, inpainting)
             if inpainting is not None and hands_over:
                 # To the refiner, what the base has made so far is the picture.
                 fresh = randn_tensor(latents.shape, generator=job.generator, device=self._device, dtype=latents.dtype)
@@ -362,12 +397,13 @@ class SdxlFamily(Family[SdxlJob]):
             job.leg_step = 0
 
     @staticmethod
-    def _keep_unmasked(job: SdxlJob, scheduler: Any, latents: torch.Tensor, inpainting: Inpainting) -> torch.Tensor:
+    def _keep_unmasked(job: SdxlJob, latents: torch.Tensor, inpainting: Inpainting) -> torch.Tensor:
         """`latents` with what the mask does not cover put back, as noisy as the rest is."""
-        kept = inpainting.image_latents
-        if job.leg_step + 1 < len(job.leg.timesteps):
-            following = job.leg.scheduler_timesteps[job.leg_step + 1 : job.leg_step + 2]
-            kept = scheduler.add_noise(kept, inpainting.noise, following)
+        kept, following = inpainting.image_latents, job.leg_step + 1
+        if following < len(job.leg.timesteps):
+            assert job.leg.kept is not None
+            picture, noise = job.leg.kept
+            kept = picture[following] * kept + noise[following] * inpainting.noise
         mixed: torch.Tensor = (1 - inpainting.mask) * kept + inpainting.mask * latents
         return mixed
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from app.engine import schedulers
 from app.engine.adapters import Loras
 from app.engine.family import Job
+from app.engine.fp8 import use_fp8
+from app.engine.optimization import OFF, Optimization
 from app.engine.prompts import Embedding, PromptEncoder
 from app.engine.vae import Vae
+
+if TYPE_CHECKING:
+    from app.engine.compiled import Compiler
 
 
 class Part:
@@ -22,16 +28,39 @@ class Part:
         pipeline: loaded, on its device.
         device: where its UNet runs.
         vae: of the other part, where it is the same.
+        optimization: of the UNet.
+        compiler: of all that computes.
+
+    Attributes:
+        predict: the UNet, in the fastest form that there is.
     """
 
-    def __init__(self, name: str, pipeline: Any, device: torch.device, vae: Vae | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        pipeline: Any,
+        device: torch.device,
+        vae: Vae | None = None,
+        optimization: Optimization = OFF,
+        compiler: Compiler | None = None,
+    ) -> None:
         self.name = name
         self.pipeline = pipeline
         self.unet = pipeline.unet
+        optimization.arrange(pipeline.unet, pipeline.vae)
+        if optimization.fp8:
+            use_fp8(self.unet)
+        self.predict: Callable[..., Any] = self.unet
+        if compiler is not None:
+            # Long prompts bring more tokens.
+            lengths = {"encoder_hidden_states": 1}
+            self.predict = compiler.compile(self.unet, lengths=lengths, graphs=optimization.graphs)
+            for encoder in filter(None, (pipeline.text_encoder, pipeline.text_encoder_2)):
+                compiler.compile_encoder(encoder)
         self.schedulers = schedulers.Schedulers(pipeline.scheduler)
         self.prompts = PromptEncoder(pipeline, device)
         shared = vae is not None and vae.module is pipeline.vae
-        self.vae = vae if vae is not None and shared else Vae(pipeline.vae, pipeline.image_processor)
+        self.vae = vae if vae is not None and shared else Vae(pipeline.vae, pipeline.image_processor, compiler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +77,17 @@ class Leg:
 
     Attributes:
         scheduler: its own.
-        scheduler_timesteps: ``[steps]`` as the scheduler made them.
+        scheduler_timesteps: ``[steps]`` on the CPU, as the scheduler made them; what it computes from them is small
+            and would keep host and device waiting for each other.
         timesteps: float32 ``[steps]`` on the device, so that no step waits for it.
         first_timestep: ``[1]``, where the way begins, also where it ends before its first step.
         embeddings: ``[rows, tokens, d]``; a guided job has two rows, the negative one first.
         pooled: ``[rows, d]``.
         time_ids: ``[rows, 6]``: original size, crop, target size; the refiner's ``[rows, 5]`` end with the score.
         timestep_cond: ``[1, d]``, for models that take the guidance scale as an input.
+        start: index of the first of its timesteps among all of the scheduler's.
+        kept: how much of the picture and how much noise what inpainting keeps has before each step, both ``[steps]``
+            on the device.
     """
 
     part: Part
@@ -67,6 +100,8 @@ class Leg:
     pooled: torch.Tensor
     time_ids: torch.Tensor
     timestep_cond: torch.Tensor | None
+    start: int = 0
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(slots=True)

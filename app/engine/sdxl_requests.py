@@ -44,7 +44,7 @@ class SdxlRequests:
         self._refiner = refiner
         self._adapters = adapters
         self._factor: int = base.pipeline.vae_scale_factor
-        self._own_size = int(base.pipeline.default_sample_size * self._factor)
+        self.own_size = int(base.pipeline.default_sample_size * self._factor)
         encoders = filter(None, (base.pipeline.text_encoder, base.pipeline.text_encoder_2))
         self.most_clip_skip = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
         self._defaults = {
@@ -96,7 +96,7 @@ class SdxlRequests:
             if size is not None:
                 self._check_side(name, size)
             elif own is None or isinstance(own, bytes):
-                sides[name] = self._own_size
+                sides[name] = self.own_size
             else:
                 sides[name] = getattr(own, name)
                 if getattr(own, name) % self._factor:

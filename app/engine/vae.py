@@ -6,8 +6,8 @@ Knows no model family: which scale and shift its latents have stands in its own 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from diffusers.image_processor import VaeImageProcessor
 from app.errors import GenerationFailed
 from app.generation import Pixels
 from app.images import to_pil
+
+if TYPE_CHECKING:
+    from app.engine.compiled import Compiler
 
 HALF = (torch.float16, torch.bfloat16)
 PREVIEW = 256
@@ -29,13 +32,15 @@ class Vae:
     Args:
         module: diffusers' ``AutoencoderKL`` or one that is called like it.
         processor: of the pipeline that it came with.
+        compiler: compiles the decoding of whole pictures.
 
     Attributes:
         retries: pictures that had to be decoded once more in float32.
     """
 
-    def __init__(self, module: Any, processor: VaeImageProcessor) -> None:
+    def __init__(self, module: Any, processor: VaeImageProcessor, compiler: Compiler | None = None) -> None:
         self.module = module
+        self._decode = compiler.compile(module.decode) if compiler else module.decode
         self.processor = processor
         self.retries = 0
 
@@ -95,11 +100,11 @@ class Vae:
                 "less guidance, or serve the model with another dtype."
             )
         with self._tiles(tiled):
-            pixels = self._pixels(latents)
+            pixels = self._pixels(latents, self.module.decode if self.module.use_tiling else self._decode)
             if pixels is None and self.module.dtype in HALF:
                 self.retries += 1
                 with self._float32():
-                    pixels = self._pixels(latents, black_is_bad=True)
+                    pixels = self._pixels(latents, self.module.decode, black_is_bad=True)
         if pixels is None:
             raise GenerationFailed(
                 "The picture came out black or as numbers that are not finite, in float32 too; take another scheduler, "
@@ -107,9 +112,11 @@ class Vae:
             )
         return pixels
 
-    def _pixels(self, latents: torch.Tensor, black_is_bad: bool = False) -> np.ndarray | None:
+    def _pixels(
+        self, latents: torch.Tensor, decode: Callable[..., Any], black_is_bad: bool = False
+    ) -> np.ndarray | None:
         """The picture, or ``None`` where half precision has spoilt it."""
-        image = self.module.decode(self._unscale(latents.to(self.module.dtype)), return_dict=False)[0]
+        image = decode(self._unscale(latents.to(self.module.dtype)), return_dict=False)[0]
         if not torch.isfinite(image).all():
             return None
         # As VaeImageProcessor rounds, without the detour over floats in numpy and PIL.

@@ -263,6 +263,7 @@ def _make_family(
     import diffusers
 
     from app.engine.adapters import load_adapters
+    from app.engine.optimization import choose_optimization
     from app.engine.placement import place, store_as_fp8
 
     if base.kind is Kind.FLUX:
@@ -287,15 +288,16 @@ def _make_family(
                 part.enable_slicing()
     place(parts, placement, report)
 
+    optimization = choose_optimization(settings, placement)
     family: Family[Any]
     if base.kind is Kind.FLUX:
         from app.engine.flux import FluxFamily
 
-        family = FluxFamily(pipeline, adapters)
+        family = FluxFamily(pipeline, adapters, optimization)
     else:
         from app.engine.sdxl import SdxlFamily
 
-        family = SdxlFamily(pipeline, second, adapters)
+        family = SdxlFamily(pipeline, second, adapters, optimization)
     family.interleaves = placement.interleaves
     return family
 

@@ -1,0 +1,168 @@
+"""Parts of a model compiled for the shapes that they met while warming; with any other shape they run as written.
+
+So no request ever waits for a compiler. Knows no model family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config as symbolic_shapes
+from torch.utils import _pytree as pytree
+
+from app.errors import ModelLoadFailed
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+MOST_SHAPES = 256
+"""Shapes of one function that torch keeps compiled; its own limit of 8 is for those who did not choose theirs."""
+
+RUNS_OF_A_GRAPH = 3
+"""The first compiles, the second records, and the third shows that it can be replayed."""
+
+
+class Compiler:
+    """Compiles the parts of one model, on the thread that runs it.
+
+    Args:
+        backend: of ``torch.compile``.
+
+    Attributes:
+        warming: whether new shapes are compiled, and not run as written.
+        unexpected: passes through a compiled part in a shape that it was not warmed with.
+        runs: how often each shape is to be met while warming.
+    """
+
+    def __init__(self, backend: str = "inductor") -> None:
+        self._backend = backend
+        self.warming = False
+        self.unexpected = 0
+        self.runs = 1
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
+        # Two lengths that happen to be equal while warming would be taken for the same one for ever.
+        symbolic_shapes.use_duck_shape = False
+
+    @contextlib.contextmanager
+    def warm(self) -> Iterator[None]:
+        """Inside, whatever shape comes is compiled for.
+
+        Raises:
+            ModelLoadFailed: this machine cannot compile.
+        """
+        self.warming = True
+        try:
+            yield
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise ModelLoadFailed(
+                f"The model cannot be compiled here ({lines[0].strip().rstrip('.:')}); take --optimize safe or off."
+            ) from error
+        finally:
+            self.warming = False
+
+    def compile_encoder(self, module: nn.Module) -> None:
+        """A text encoder of transformers, in place; once, however many pipelines it belongs to.
+
+        Not as a whole: how it collects hidden states cannot be compiled.
+        """
+        if not isinstance(module.forward, Compiled):
+            forward = module.forward
+            module.forward = Compiled(self, forward, torch.compile(forward, backend=self._backend), {}, graphs=False)
+
+    def compile(
+        self, function: Function, *, lengths: Mapping[str, int] | None = None, graphs: bool = False
+    ) -> Function:
+        """`function` as a whole.
+
+        Args:
+            function: of tensors that have the rows of a batch as their first dimension, or have none.
+            lengths: dimension that may have any length, by argument.
+            graphs: replay each number of rows as a CUDA graph.
+        """
+        options: Any = {"triton.cudagraphs": True} if graphs and self._backend == "inductor" else None
+        if graphs:
+            self.runs = RUNS_OF_A_GRAPH
+        compiled = torch.compile(function, fullgraph=True, backend=self._backend, options=options)
+        return Compiled(self, function, compiled, lengths or {}, graphs)
+
+    def compile_blocks(self, module: Any) -> Function:
+        """The blocks that `module` repeats, which are compiled once for all; in place."""
+        module.compile_repeated_blocks(fullgraph=True, backend=self._backend)
+        return Compiled(self, _as_written(module), module, {}, graphs=False)
+
+
+def _as_written(module: nn.Module) -> Function:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return module(*args, **kwargs)
+
+    return run
+
+
+class Compiled:
+    """One function in both forms. Its inputs are brought into one layout, as another would be compiled anew."""
+
+    def __init__(
+        self, compiler: Compiler, as_written: Function, compiled: Function, lengths: Mapping[str, int], graphs: bool
+    ) -> None:
+        self._compiler = compiler
+        self._as_written = as_written
+        self._compiled = compiled
+        self._lengths = lengths
+        self._graphs = graphs
+        self._warm: set[Hashable] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, _settle, (args, kwargs))
+        rows = next(leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        shape = self._shape(args, kwargs, rows)
+        if self._compiler.warming:
+            self._warm.add(shape)
+            self._mark(args, kwargs, rows)
+            return self._run(args, kwargs)
+        if shape not in self._warm:
+            self._compiler.unexpected += 1
+            return self._as_written(*args, **kwargs)
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        result = self._compiled(*args, **kwargs)
+        # The next replay writes to the same memory.
+        return pytree.tree_map_only(torch.Tensor, torch.clone, result) if self._graphs else result
+
+    def _shape(self, args: Any, kwargs: Any, rows: int) -> Hashable:
+        """What a compiled form is good for. One row is compiled apart, as torch does in any case."""
+        leaves = []
+        for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+            if not isinstance(leaf, torch.Tensor):
+                leaves.append(leaf)
+                continue
+            sizes: list[int | None] = list(leaf.shape)
+            for dimension in self._any_length(path, leaf, rows):
+                sizes[dimension] = None
+            leaves.append((leaf.dtype, *sizes))
+        return (rows if self._graphs else rows == 1, tuple(leaves))
+
+    def _mark(self, args: Any, kwargs: Any, rows: int) -> None:
+        for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                for dimension in self._any_length(path, leaf, rows):
+                    torch._dynamo.mark_dynamic(leaf, dimension)
+
+    def _any_length(self, path: Any, leaf: torch.Tensor, rows: int) -> list[int]:
+        """Dimensions in which one compiled form takes any length."""
+        found = [0] if leaf.ndim and leaf.shape[0] == rows and rows > 1 else []
+        name = str(getattr(path[-1], "key", ""))
+        return [*found, self._lengths[name]] if name in self._lengths else found
+
+
+def _settle(tensor: torch.Tensor) -> torch.Tensor:
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    return tensor.contiguous(memory_format=layout)

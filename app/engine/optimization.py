@@ -1,0 +1,140 @@
+"""What ``--optimize`` means for a loaded model: how its weights lie, which attention runs, what is compiled.
+
+`off` runs the model as it is. `safe` costs nothing but other rounding: convolutions in channels_last, and attention by
+the fastest kernel that the GPU has. `compile` costs minutes at the first start. `max` adds CUDA graphs, which cost
+memory, and matrix products in 8 bits where the chip has them, which cost a little of the picture; it is the only level
+that lets requests trade their picture for speed. Knows no model family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from app.engine.placement import Placement
+from app.errors import ModelLoadFailed
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.engine.compiled import Compiler
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""The fastest first; torch passes over what a GPU or a shape does not have."""
+FP8_SINCE = (8, 9)
+"""CUDA compute capability from which matrix products in 8 bits are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How hard the device is made to work.
+
+    Attributes:
+        level: ``off``, ``safe``, ``compile`` or ``max``.
+        sizes: width and height of the pictures that are prepared for; the model's own size unless given.
+        most_rows: of one forward pass.
+        most_pixels: times rows, of one forward pass.
+        fp8: the UNet's or transformer's matrix products are done in 8 bits.
+        backend: of ``torch.compile``.
+    """
+
+    level: str = "off"
+    sizes: tuple[tuple[int, int], ...] = ()
+    most_rows: int = 16
+    most_pixels: int = 16_777_216
+    fp8: bool = False
+    backend: str = "inductor"
+
+    @property
+    def compiles(self) -> bool:
+        return self.level in ("compile", "max")
+
+    @property
+    def graphs(self) -> bool:
+        return self.level == "max"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a request may trade its picture for speed."""
+        return self.level == "max"
+
+    def attention(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """The order in which attention kernels are tried inside."""
+        if self.level == "off" or device.type != "cuda":
+            return contextlib.nullcontext()
+        return sdpa_kernel(ATTENTION, set_priority=True)
+
+    def arrange(self, *parts: nn.Module | None) -> None:
+        """Lay out the weights of convolutions as GPUs want them, pixels before channels."""
+        if self.level == "off":
+            return
+        for part in parts:
+            if part is not None:
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def compiler(self) -> Compiler | None:
+        if not self.compiles:
+            return None
+        from app.engine.compiled import Compiler  # which imports half of torch once more
+
+        return Compiler(self.backend)
+
+    def row_counts(self, pixels: int) -> tuple[int, ...]:
+        """Numbers of rows that are prepared for with pictures of that size."""
+        if self.level != "max":
+            return (1, 2)  # one alone; what is compiled for two takes any more
+        most = max(2, min(self.most_rows, self.most_pixels // pixels))
+        return tuple(range(1, most + 1))
+
+
+OFF = Optimization()
+
+
+def choose_optimization(settings: Settings, placement: Placement) -> Optimization:
+    """What the settings mean on that device.
+
+    Raises:
+        ModelLoadFailed: they contradict each other.
+    """
+    level = settings.optimize
+    if level == "auto":
+        level = "safe" if placement.device.type == "cuda" else "off"
+    if level in ("compile", "max"):
+        if placement.offload is not None:
+            raise ModelLoadFailed(
+                f"--optimize {level} needs all weights on the device; leave --device {placement.offload} out or take "
+                "--optimize safe."
+            )
+        if placement.quantization != "none":
+            raise ModelLoadFailed(
+                f"--optimize {level} does not go with --quantization {placement.quantization}; take --optimize safe, "
+                "or on a GPU that has them --optimize max for 8-bit matrix products without --quantization."
+            )
+    fp8 = level == "max" and _has_fp8(placement)
+    if fp8 and settings.lora:
+        logger.warning("--optimize max: adapters need weights in full, so matrix products are not done in 8 bits")
+        fp8 = False
+    return Optimization(
+        level, settings.warm_pictures, most_rows=settings.max_batch_size, most_pixels=settings.max_batch_pixels, fp8=fp8
+    )
+
+
+def _has_fp8(placement: Placement) -> bool:
+    device = placement.device
+    return (
+        device.type == "cuda"
+        and placement.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= FP8_SINCE
+    )

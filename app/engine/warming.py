@@ -1,0 +1,60 @@
+"""Painting for nobody, so that everything is compiled before the first request comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from app.engine.attempts import DECODE_LOAD
+from app.engine.compiled import Compiler
+from app.engine.family import Family
+from app.engine.optimization import Optimization
+from app.generation import GenerateRequest
+
+PROMPTS = ("", "(weighted:1.1) words")
+"""What has weights is read in another way."""
+STEPS = 2
+"""With a refiner, one for each part."""
+
+
+def warm(
+    family: Family[Any],
+    compiler: Compiler,
+    optimization: Optimization,
+    own_size: tuple[int, int],
+    report: Callable[[str], None],
+) -> None:
+    """Go once through everything with each size and number of rows that `optimization` prepares for.
+
+    Args:
+        family: whose parts `compiler` compiles.
+        own_size: width and height that the model is made for.
+        report: hears of each.
+
+    Raises:
+        ModelLoadFailed: this machine cannot compile.
+        InvalidRequest: the model cannot paint one of the sizes.
+    """
+    with compiler.warm():
+        for width, height in optimization.sizes or (own_size,):
+            for rows in optimization.row_counts(width * height):
+                report(f"compiling for {width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}")
+                for _ in range(compiler.runs):
+                    _paint(family, width, height, rows)
+
+
+def _paint(family: Family[Any], width: int, height: int, rows: int) -> None:
+    # Without guidance, so that each image brings one row.
+    size: dict[str, Any] = {"width": width, "height": height}
+    asked = [
+        GenerateRequest(
+            prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, num_inference_steps=STEPS, guidance_scale=1.0, **size
+        )
+        for seed in range(rows)
+    ]
+    requests = [family.resolve(request) for request in asked]
+    conditionings = family.encode_all(requests)
+    jobs = [family.begin(*each) for each in zip(requests, conditionings, strict=True)]
+    while not jobs[0].done:
+        family.step(jobs)
+    family.decode(jobs[: max(1, DECODE_LOAD // (width * height))])
