@@ -14,7 +14,10 @@ def main() -> int:
 
         return health.main(sys.argv[2:])
 
-    from app.main import main as serve
+    from app.start import importing
+
+    with importing("fastapi"):
+        from app.main import main as serve
 
     return serve(sys.argv[1:])
 

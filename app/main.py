@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Response
 
-from app import surroundings
+from app import start, surroundings
 from app.api import documentation, edge, oip, requests, stream, v1
 from app.api.server import Connection, Server
 from app.api.serving import Serving
@@ -45,6 +45,7 @@ def create_app(
     settings: Settings,
     load: Callable[[], Family[Any]] | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
+    begun: float | None = None,
 ) -> FastAPI:
     """The whole server as an ASGI application; loading starts with its lifespan.
 
@@ -52,15 +53,20 @@ def create_app(
         settings: what to run with.
         load: makes the model family on the device thread; by default what `settings` name.
         on_failure: called from the device thread when the model cannot be loaded, and when the device is lost.
+        begun: when the start began, by ``time.monotonic``; now unless given.
     """
-    started = time.monotonic()
+    begun = time.monotonic() if begun is None else begun
     telemetry = Telemetry(settings.model_name)
 
     def report(phase: str) -> None:
         model.phase = phase
 
+    timelines = [start.Timeline(begun) for _ in range(settings.replicas)]
     batcher = Batcher(
-        [load or functools.partial(_load_family, settings.for_replica(i), report) for i in range(settings.replicas)],
+        [
+            load or functools.partial(_load_family, settings.for_replica(i), report, timeline)
+            for i, timeline in enumerate(timelines)
+        ],
         telemetry,
         max_queue=settings.max_queue,
         max_batch_size=settings.max_batch_size,
@@ -72,6 +78,7 @@ def create_app(
         step_timeout=settings.step_timeout,
         idempotency_seconds=settings.idempotency_seconds,
         on_lost=on_failure,
+        timelines=timelines,
     )
     model = Model(settings.model_name, MODEL_VERSION, batcher, settings.limits, settings.request_timeout)
     repository = Repository([model])
@@ -81,9 +88,11 @@ def create_app(
         if model.state is State.STOPPING:
             return
         if error is None:
+            seconds = time.monotonic() - begun
+            slowest = max(timelines, key=lambda timeline: timeline.total)
             telemetry.ready.set(1)
-            telemetry.load_seconds.set(time.monotonic() - started)
-            logger.info("model %s is ready after %.1f seconds", model.name, time.monotonic() - started)
+            telemetry.started(seconds, slowest.seconds)
+            logger.info("model %s is ready after %.1f seconds: %s", model.name, seconds, slowest)
             _warn_of_small_limits(model)
         elif on_failure is not None:
             on_failure(error)
@@ -141,12 +150,13 @@ def _warn_of_small_limits(model: Model) -> None:
         logger.warning("a request with nothing but a prompt is refused: %s", fault)
 
 
-def _load_family(settings: Settings, report: Callable[[str], None]) -> Family[Any]:
+def _load_family(settings: Settings, report: Callable[[str], None], timeline: start.Timeline) -> Family[Any]:
     from app.engine.mount import wait_for_mount
     from app.engine.weights import load_family
 
-    wait_for_mount(settings, report)
-    family = load_family(settings, report)
+    with timeline.phase("read"):
+        wait_for_mount(settings, report)
+    family = load_family(settings, report, timeline)
     report("warming up" if settings.warm_up else "")
     return family
 
@@ -215,7 +225,7 @@ def _make_server(settings: Settings) -> tuple[uvicorn.Server, list[BaseException
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=stop)
+    app = create_app(settings, on_failure=stop, begun=start.process_began())
     config = uvicorn.Config(
         app,
         http=functools.partial(Connection, header_timeout=settings.body_timeout),  # type: ignore[arg-type]

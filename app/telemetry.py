@@ -13,6 +13,7 @@ import logging.config
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from app.errors import InvalidSettings
 from app.settings import Settings
+from app.start import PHASES
 
 access_logger = logging.getLogger("app.access")
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -99,7 +101,19 @@ class Telemetry:
             self._stream_events.labels(**self._model, event=event)
         self.streams = gauge("sdxl_open_streams", "Streams of events that are open.")
         self.ready = gauge("sdxl_model_ready", "1 when the model is ready, else 0.")
-        self.load_seconds = gauge("sdxl_model_load_seconds", "Seconds from process start to ready.")
+        self._load_seconds = gauge("sdxl_model_load_seconds", "Seconds from process start to ready.")
+        self._start_seconds = Gauge(
+            "sdxl_start_seconds",
+            "Seconds from process start to ready, by what they went into.",
+            ["model_name", "phase"],
+            registry=self.registry,
+        )
+
+    def started(self, seconds: float, phases: Mapping[str, float]) -> None:
+        """Tell how long the start took, and each phase of `app.start.PHASES`."""
+        self._load_seconds.set(seconds)
+        for phase in PHASES:
+            self._start_seconds.labels(**self._model, phase=phase).set(phases.get(phase, 0.0))
 
     def stage(self, name: str, seconds: float) -> None:
         """Count `seconds` for one of the stages text_encode, begin, denoise_step, preview, decode, encode."""

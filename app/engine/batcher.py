@@ -25,6 +25,7 @@ from app.engine.ticket import Listener, Ticket
 from app.engine.worker import Worker
 from app.errors import DeviceLost, GenerationFailed, RuntimeFault, ShuttingDown
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
+from app.start import Timeline
 from app.telemetry import Telemetry
 
 __all__ = ["DEVICE_THREAD", "Batcher", "Listener", "Ticket"]
@@ -55,6 +56,7 @@ class Batcher:
         step_timeout: seconds beyond what is usual after which a device counts as hung.
         idempotency_seconds: for which an answer stays known by its idempotency key.
         on_lost: called from a device's thread when the device is beyond repair.
+        timelines: one for each device, on which `load` has noted what it did.
         clock: seconds that only grow.
     """
 
@@ -73,6 +75,7 @@ class Batcher:
         step_timeout: float = 60.0,
         idempotency_seconds: float = 120.0,
         on_lost: Callable[[BaseException], None] | None = None,
+        timelines: Sequence[Timeline] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         loads = [load] if callable(load) else list(load)
@@ -104,8 +107,9 @@ class Batcher:
                 most_load=max_batch_pixels,
                 step_timeout=step_timeout,
                 clock=clock,
+                timeline=timeline,
             )
-            for each in loads
+            for each, timeline in zip(loads, timelines or [Timeline() for _ in loads], strict=True)
         ]
         for worker in self.workers:
             worker.peers = [peer for peer in self.workers if peer is not worker]

@@ -143,7 +143,7 @@ def _load_module(
         with torch.device("meta"):
             expected = cls.from_config({**config, **overrides}).state_dict()
         check_shapes(str(file.path), tensors, expected)
-        options: dict[str, Any] = {"dtype": numbers.of(name, config), **overrides}
+        options: dict[str, Any] = {"dtype": numbers.of(name, config), "device": numbers.device_of(name), **overrides}
         if name in BIG and numbers.quantization is not None:
             options["quantization_config"] = numbers.quantization
         module = cls.from_single_file(
@@ -171,7 +171,7 @@ def _load_text_encoder(file: SingleFile, name: str, tensors: Tensors, prefix: st
         encoder = single_file_utils.create_diffusers_clip_model_from_ldm(
             cls, checkpoint=own, torch_dtype=numbers.dtype, **options
         )
-        return settle(encoder, numbers)
+        return settle(encoder.to(numbers.device_of(name)), numbers)
 
 
 # --- FLUX ------------------------------------------------------------------------------------------------------

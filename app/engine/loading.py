@@ -1,7 +1,7 @@
-"""Turns checked files into the components of a pipeline, on the CPU: diffusers and transformers do the reading.
+"""Turns checked files into the components of a pipeline: diffusers and transformers do the reading.
 
 Both would fill a tensor that is missing with noise and say so in a log; here that is an error. Nothing here knows
-settings or devices.
+settings.
 """
 
 from __future__ import annotations
@@ -46,22 +46,31 @@ ORIGINS = (
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """In which numbers weights are held.
+    """In which numbers weights are held, and where they are read to.
 
     Attributes:
         dtype: of all computation but the VAE's.
         quantization: configuration for the UNet or transformer, as diffusers takes it; ``None`` for none.
         aligned: on the boundaries that a CPU computes along, see `settle`.
+        device: where weights go straight from the file; ``None`` for the CPU, where something else takes them up.
+        shrinks: the UNet or transformer is made smaller before it goes to the device.
     """
 
     dtype: torch.dtype
     quantization: Any = None
     aligned: bool = False
+    device: torch.device | None = None
+    shrinks: bool = False
 
     def of(self, name: str, config: Mapping[str, Any]) -> torch.dtype:
         """The dtype of one component: a VAE that overflows in float16 is float32 from the start."""
         overflows = name == "vae" and self.dtype == torch.float16 and config.get("force_upcast")
         return torch.float32 if overflows else self.dtype
+
+    def device_of(self, name: str) -> torch.device | None:
+        """Where one component is read to; what is quantized while it is read, quantization puts where it belongs."""
+        later = name in BIG and (self.shrinks or self.quantization is not None)
+        return None if later else self.device
 
 
 class Progress:
@@ -123,13 +132,22 @@ def load_folder(
     return loaded
 
 
+def component_class(component: Component) -> Any:
+    """The class that a component is of; its library imports it by this."""
+    return getattr(LIBRARIES[component.library], component.class_name)
+
+
 def _load_component(component: Component, numbers: Format) -> Any:
-    cls = getattr(LIBRARIES[component.library], component.class_name)
+    cls = component_class(component)
     if component.name == "scheduler" or component.name.startswith("tokenizer"):
         with told(str(component.folder)):
             return cls.from_pretrained(component.folder, local_files_only=True)
     config = read_json(component.folder / "config.json")
-    options: dict[str, Any] = {"dtype": numbers.of(component.name, config), "variant": component.variant}
+    options: dict[str, Any] = {
+        "dtype": numbers.of(component.name, config),
+        "device_map": numbers.device_of(component.name),
+        "variant": component.variant,
+    }
     if component.name in BIG and numbers.quantization is not None:
         options["quantization_config"] = numbers.quantization
     where = str(component.weights[0] if len(component.weights) == 1 else component.folder)
@@ -205,7 +223,12 @@ def told(where: str) -> Iterator[None]:
         yield
     except ModelLoadFailed:
         raise
-    except (torch.OutOfMemoryError, MemoryError):
+    except torch.OutOfMemoryError:
+        raise ModelLoadFailed(
+            f"The device has too little memory for {where}; take --device enable_model_cpu_offload, another --dtype or "
+            "--quantization fp8."
+        ) from None
+    except MemoryError:
         raise ModelLoadFailed(
             f"There is too little memory for {where}; free some, or take --dtype, --quantization or another --device."
         ) from None

@@ -47,6 +47,11 @@ class Placement:
         """False where going from one part to another moves whole models."""
         return self.offload not in ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
 
+    @property
+    def read_to(self) -> torch.device | None:
+        """Where weights go straight from the file; ``None`` where they wait on the CPU."""
+        return None if self.offload else self.device
+
     def quantization_config(self) -> Any:
         """What diffusers quantizes with while it reads; ``None`` where it does not.
 
@@ -117,7 +122,7 @@ def place(parts: Mapping[str, torch.nn.Module], placement: Placement, report: Ca
     """Bring every part to where it belongs.
 
     Args:
-        parts: by name, each once, on the CPU.
+        parts: by name, each once; on the CPU, or there already.
         placement: where.
         report: hears of each.
 

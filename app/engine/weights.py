@@ -7,6 +7,7 @@ HTTP meanwhile.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_f
 from app.engine.single_files import SingleFile, read_single_file
 from app.errors import ModelLoadFailed
 from app.settings import Settings
+from app.start import Timeline, importing
 
 if TYPE_CHECKING:
     from app.engine.loading import Format, Progress
@@ -33,12 +35,13 @@ Report = Callable[[str], None]
 Source = ModelFolder | SingleFile
 
 
-def load_family(settings: Settings, report: Report = lambda _: None) -> Family[Any]:
+def load_family(settings: Settings, report: Report = lambda _: None, timeline: Timeline | None = None) -> Family[Any]:
     """Load the model that `settings` name, on its device.
 
     Args:
         settings: what to load and where to.
         report: hears what is being done, such as ``reading unet (1.2 of 5.1 GB)``; the log hears it too.
+        timeline: of the start, for the seconds that it takes.
 
     Raises:
         ModelLoadFailed: with one sentence that names the folder or file and what to do.
@@ -48,34 +51,75 @@ def load_family(settings: Settings, report: Report = lambda _: None) -> Family[A
         logger.info("%s", phase)
         report(phase)
 
+    timeline = timeline or Timeline()
     say("checking files")
-    try:
-        base = find_base(settings, say)
-        rest = _rest_of_flux(settings, base, say) if isinstance(base, SingleFile) and base.kind is Kind.FLUX else None
-        refiner = find_refiner(settings, base, say) if settings.use_refiner else None
-    except OSError as error:
-        raise ModelLoadFailed(
-            f"{error.filename} cannot be read ({error.strerror}); give the user of this server the right to read it."
-        ) from None
+    with timeline.phase("read"):
+        base, rest, refiner = _find(settings, say)
     if not settings.use_refiner and (settings.refiner_id or settings.refiner_single_file_model):
         logger.warning("a refiner is named but not loaded; --use_refiner loads it")
 
     say("importing torch")
-    _quieten()
+    sources = [source for source in (base, rest, refiner) if source is not None]
+    with importing("torch"):
+        _import_libraries(sources)
 
     from app.engine.loading import Format, Progress
     from app.engine.placement import choose_placement
 
-    placement = choose_placement(settings)
-    numbers = Format(placement.dtype, placement.quantization_config(), aligned=placement.device.type == "cpu")
+    with timeline.phase("device"):
+        placement = choose_placement(settings)
+    numbers = Format(
+        placement.dtype,
+        placement.quantization_config(),
+        aligned=placement.device.type == "cpu",
+        device=placement.read_to,
+        shrinks=settings.quantization == "fp8",
+    )
     logger.info("loading %s as %s on %s", base.path, placement.dtype, placement.device)
-    progress = Progress(say, sum(_size(source) for source in (base, rest, refiner) if source is not None))
-    components = _load_base(base, rest, numbers, progress)
-    others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
-    return _make_family(settings, placement, base, components, refiner, others, say)
+    progress = Progress(say, sum(map(_size, sources)))
+    with timeline.phase("read"):
+        components = _load_base(base, rest, numbers, progress)
+        others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
+    return _make_family(settings, placement, base, components, refiner, others, say, timeline)
+
+
+def _import_libraries(sources: Iterable[Source]) -> None:
+    """Whatever loading and painting take of the large libraries, at once: they import when one looks at their names."""
+    # Read once, when diffusers is imported: the files that a model is spread over are read side by side.
+    os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
+    _quieten()
+
+    from app.engine import adapters, placement  # noqa: F401
+    from app.engine.loading import component_class
+
+    for source in sources:
+        if source.kind is Kind.FLUX:
+            from app.engine import flux  # noqa: F401
+        else:
+            from app.engine import sdxl  # noqa: F401
+        if isinstance(source, SingleFile):
+            from app.engine import converting  # noqa: F401
+        else:
+            for component in source.components.values():
+                component_class(component)
 
 
 # --- Which weights ---------------------------------------------------------------------------------------------
+
+
+def _find(settings: Settings, report: Report) -> tuple[Source, ModelFolder | None, Source | None]:
+    """The base, the rest of a FLUX model of which the base is a part, and the refiner."""
+    try:
+        base = find_base(settings, report)
+        rest = None
+        if isinstance(base, SingleFile) and base.kind is Kind.FLUX:
+            rest = _rest_of_flux(settings, base, report)
+        refiner = find_refiner(settings, base, report) if settings.use_refiner else None
+        return base, rest, refiner
+    except OSError as error:
+        raise ModelLoadFailed(
+            f"{error.filename} cannot be read ({error.strerror}); give the user of this server the right to read it."
+        ) from None
 
 
 def find_base(settings: Settings, report: Report) -> Source:
@@ -214,7 +258,7 @@ def _size(source: Source) -> int:
 
 
 def _quieten() -> None:
-    """Both libraries draw progress bars, and log prompts that are too long word for word."""
+    """Both libraries draw progress bars, give advice, and log prompts that are too long word for word."""
     import diffusers
     import transformers
 
@@ -224,10 +268,13 @@ def _quieten() -> None:
 
 
 def _load_base(source: Source, rest: ModelFolder | None, numbers: Format, progress: Progress) -> dict[str, Any]:
-    from app.engine import converting, loading
-
     if isinstance(source, ModelFolder):
-        return loading.load_folder(source, numbers, progress)
+        from app.engine.loading import load_folder
+
+        return load_folder(source, numbers, progress)
+
+    from app.engine import converting
+
     if rest is not None:
         return converting.load_flux_file(source, rest, numbers, progress)
     return converting.load_sdxl_file(source, numbers, progress, "config_dir")
@@ -237,12 +284,14 @@ def _load_refiner(
     source: Source, base: Source, components: dict[str, Any], numbers: Format, progress: Progress
 ) -> dict[str, Any]:
     """The refiner's components; those that equal the base's are the base's own."""
-    from app.engine import converting, loading
+    from app.engine import loading
 
     if isinstance(source, ModelFolder):
         known = loading.shared_components(source, base, components) if isinstance(base, ModelFolder) else {}
         loaded = loading.load_folder(source, numbers, progress, known=known)
     else:
+        from app.engine import converting
+
         tokenizer = {"tokenizer_2": components["tokenizer_2"]} if source.shipped else {}
         loaded = converting.load_sdxl_file(source, numbers, progress, "refiner_config_dir", tokenizer)
     shared = loading.share(loaded, components)
@@ -259,6 +308,7 @@ def _make_family(
     refiner: Source | None,
     others: dict[str, Any] | None,
     report: Report,
+    timeline: Timeline,
 ) -> Family[Any]:
     import diffusers
 
@@ -276,17 +326,20 @@ def _make_family(
             text_encoder=None, tokenizer=None, **others, **_options(refiner), add_watermarker=False
         )
     # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
-    adapters = load_adapters(pipeline, settings.lora)
+    with timeline.phase("read"):
+        adapters = load_adapters(pipeline, settings.lora)
     parts = _parts([("", components), ("refiner's ", others or {})])
     for name, part in parts.items():
-        if name.endswith(("unet", "transformer")) and settings.quantization == "fp8":
-            store_as_fp8(part, placement.dtype)
         if name.endswith("vae"):
             if settings.vae_tiling:
                 part.enable_tiling()
             if settings.vae_slicing:
                 part.enable_slicing()
-    place(parts, placement, report)
+    with timeline.phase("device"):
+        for name, part in parts.items():
+            if name.endswith(("unet", "transformer")) and settings.quantization == "fp8":
+                store_as_fp8(part, placement.dtype)
+        place(parts, placement, report)
 
     optimization = choose_optimization(settings, placement)
     family: Family[Any]

@@ -17,6 +17,7 @@ from app.engine.family import Family
 from app.engine.queue import Queue
 from app.engine.ticket import Image, Ticket
 from app.generation import GenerateRequest, Pixels, PreviewKind
+from app.start import Timeline
 from app.telemetry import Telemetry
 
 JOIN_AT_ONCE = 8
@@ -48,6 +49,7 @@ class Worker:
         most_load: pixels times rows of one forward pass.
         step_timeout: seconds beyond what is usual after which the device counts as hung.
         clock: seconds that only grow.
+        timeline: of the start, on which `load` has noted what it did.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Worker:
         most_load: float,
         step_timeout: float,
         clock: Callable[[], float],
+        timeline: Timeline | None = None,
     ) -> None:
         self._load = load
         self._queue = queue
@@ -70,6 +73,7 @@ class Worker:
         self._finisher = finisher
         self._most_rows = most_rows
         self._clock = clock
+        self._timeline = timeline or Timeline()
         self.family: Family[Any]
         self.peers: Sequence[Worker] = ()
         """Other workers on the same queue."""
@@ -84,8 +88,11 @@ class Worker:
     def load(self, warm_up: bool) -> None:
         """Load the family, and with `warm_up` paint once, so that nobody's first request pays for first times."""
         self.family = self._load()
-        if not warm_up:
-            return
+        if warm_up:
+            with self._timeline.phase("warm_up"):
+                self._paint_once()
+
+    def _paint_once(self) -> None:
         request = self.family.resolve(GenerateRequest(prompt="", seed=0, num_inference_steps=1))
         image = Image(Ticket([request], 0.0, 0.0, self._queue), request, 0)
         for _ in range(2):

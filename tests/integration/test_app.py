@@ -18,6 +18,7 @@ from app.engine.family import Family
 from app.errors import ModelLoadFailed
 from app.main import create_app
 from app.settings import Settings
+from app.start import Timeline
 from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory, Warns
 
 INFER = "/v2/models/m/infer"
@@ -74,7 +75,7 @@ async def test_the_server_is_live_before_it_is_ready_and_says_why_it_is_not() ->
 async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, reported = threading.Event(), threading.Event()
 
-    def load_family(_settings: Settings, report: Callable[[str], None]) -> Family[Any]:
+    def load_family(_settings: Settings, report: Callable[[str], None], _timeline: Timeline) -> Family[Any]:
         report("reading unet (1.2 of 5.1 GB)")
         reported.set()
         loaded.wait(30)
