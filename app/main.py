@@ -27,6 +27,7 @@ from app.api.server import Connection, Server
 from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
+from app.engine.gpus import count_gpus
 from app.engine.repository import Model, Repository, State
 from app.errors import DeviceLost, InvalidSettings, RuntimeFault, StartupError
 from app.generation import GenerateRequest
@@ -61,10 +62,10 @@ def create_app(
     def report(phase: str) -> None:
         model.phase = phase
 
-    timelines = [start.Timeline(begun) for _ in range(settings.replicas)]
+    timelines = [start.Timeline(begun) for _ in range(count_replicas(settings))]
     batcher = Batcher(
         [
-            load or functools.partial(_load_family, settings.for_replica(i), report, timeline)
+            load or functools.partial(_load_family, settings.for_replica(i, len(timelines)), report, timeline)
             for i, timeline in enumerate(timelines)
         ],
         telemetry,
@@ -141,6 +142,18 @@ def create_app(
     access_log = AccessLog(settings.access_log_format) if settings.access_log_format else None
     app.add_middleware(edge.Edge, api_key=api_key, access_log=access_log)
     return app
+
+
+def count_replicas(settings: Settings, count: Callable[[], int] = count_gpus) -> int:
+    """How many copies of the model there will be.
+
+    Args:
+        settings: with a number, or ``auto``.
+        count: tells how many GPUs are visible.
+    """
+    if settings.replicas != "auto":
+        return settings.replicas
+    return max(1, count()) if settings.device in ("auto", "cuda") else 1
 
 
 def _warn_of_small_limits(model: Model) -> None:

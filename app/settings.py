@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -134,8 +134,10 @@ class Settings(BaseModel):
     max_batch_pixels: int = Field(
         16_777_216, ge=64, description="Pixels times rows of one forward pass; less is tried where memory is short."
     )
-    replicas: int = Field(
-        1, ge=1, le=64, description="Copies of the model on as many GPUs, cuda:0 and on; they share one queue."
+    replicas: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        1,
+        description="Copies of the model on as many GPUs, cuda:0 and on; they share one queue. 'auto' is one for each "
+        "GPU that is visible.",
     )
     step_timeout: float = Field(
         60.0,
@@ -215,7 +217,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _replicas_choose_their_gpus(self) -> Settings:
-        if self.replicas > 1 and self.device.startswith("cuda:"):
+        if self.replicas not in (1, "auto") and self.device.startswith("cuda:"):
             raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
         return self
 
@@ -232,9 +234,9 @@ class Settings(BaseModel):
         """Width and height of each of the `warm_sizes`."""
         return tuple((int(width), int(height)) for width, height in (size.split("x") for size in self.warm_sizes))
 
-    def for_replica(self, index: int) -> Settings:
-        """These settings for one of several copies of the model."""
-        if self.replicas == 1 or self.device not in ("auto", "cuda"):
+    def for_replica(self, index: int, replicas: int) -> Settings:
+        """These settings for one of so many copies of the model."""
+        if replicas == 1 or self.device not in ("auto", "cuda"):
             return self
         return self.model_copy(update={"device": f"cuda:{index}"})
 
@@ -298,11 +300,18 @@ def load_settings(
         if typing.get_origin(Settings.model_fields[name].annotation) is Literal:
             choices = ", ".join(typing.get_args(Settings.model_fields[name].annotation))
             message = f"must be one of {choices}"
+        message = " or ".join([_sentence(message), *_words(Settings.model_fields[name])])
         secret = "SecretStr" in str(Settings.model_fields[name].annotation)
         shown = "" if secret else f" is {str(detail['input'])[:80]!r}, but"
         raise InvalidSettings(
-            f"{sources.get(name, name)}{shown} {_sentence(message)} ({Settings.model_fields[name].description})"
+            f"{sources.get(name, name)}{shown} {message} ({Settings.model_fields[name].description})"
         ) from None
+
+
+def _words(field: FieldInfo) -> list[str]:
+    """What a setting may be besides a value of another kind."""
+    kinds = typing.get_args(field.annotation)
+    return [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
 
 
 def _sentence(message: str) -> str:
@@ -375,7 +384,9 @@ def _metavar(field: FieldInfo) -> str:
     annotation = field.annotation
     if typing.get_origin(annotation) is Literal:
         return "{" + ",".join(typing.get_args(annotation)) + "}"
-    if isinstance(annotation, types.UnionType):
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
     names: dict[Any, str] = {bool: "true|false", int: "N", float: "SECONDS", Path: "PATH", SecretStr: "KEY"}
     return names.get(annotation, "TEXT")

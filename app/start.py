@@ -30,8 +30,8 @@ class Timeline:
         self._clock = clock
         self._phase = PHASES[0]
         self._since = clock() if begun is None else begun
-        self.seconds: dict[str, float] = {}
-        """By phase, up to the last change from one to another; phases that there were none of are not in it."""
+        self.seconds: dict[str, float] = {PHASES[0]: 0.0}
+        """By phase, up to the last change from one to another; those that there were none of are not in it."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ DEMO = "demo"
 DEMO_WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
 DEFAULT_FLUX = "black-forest-labs/FLUX.1-schnell"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+ONE_AT_A_TIME = threading.Lock()
+"""Held while weights are read: to make a module that is empty at first, the libraries change torch for every thread."""
 
 Report = Callable[[str], None]
 Source = ModelFolder | SingleFile
@@ -77,7 +81,7 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     )
     logger.info("loading %s as %s on %s", base.path, placement.dtype, placement.device)
     progress = Progress(say, sum(map(_size, sources)))
-    with timeline.phase("read"):
+    with timeline.phase("read"), ONE_AT_A_TIME:
         components = _load_base(base, rest, numbers, progress)
         others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
     return _make_family(settings, placement, base, components, refiner, others, say, timeline)
@@ -326,7 +330,7 @@ def _make_family(
             text_encoder=None, tokenizer=None, **others, **_options(refiner), add_watermarker=False
         )
     # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
-    with timeline.phase("read"):
+    with timeline.phase("read"), ONE_AT_A_TIME:
         adapters = load_adapters(pipeline, settings.lora)
     parts = _parts([("", components), ("refiner's ", others or {})])
     for name, part in parts.items():

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from app.engine.family import Family
 from app.errors import ModelLoadFailed
 from app.main import create_app
 from app.settings import Settings
-from app.start import Timeline
+from app.start import PHASES, Timeline
 from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory, Warns
 
 INFER = "/v2/models/m/infer"
@@ -92,6 +94,28 @@ async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch
         loaded.set()
         while (await client.get("/v2/models/m/ready")).status_code != 200:
             await asyncio.sleep(0.005)
+
+
+async def test_log_and_metrics_say_what_the_start_consisted_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load_family(_settings: Settings, _report: Callable[[str], None], timeline: Timeline) -> Family[Any]:
+        with timeline.phase("read"):
+            time.sleep(0.05)
+        with timeline.phase("device"), timeline.phase("compile"):
+            pass
+        return Instant()
+
+    monkeypatch.setattr("app.engine.weights.load_family", load_family)
+    with caplog.at_level(logging.INFO, "app.main"):
+        async with running(None, model_id="demo", warm_up=True) as client:
+            text = (await client.get("/metrics")).text
+    pattern = r"model m is ready after \d+\.\d seconds: import .*, read .*, to device .*, compile .*, warm up \d+\.\d"
+    assert [message for message in caplog.messages if re.fullmatch(pattern, message)]
+    seconds = {phase: metric(text, f'sdxl_start_seconds{{model_name="m",phase="{phase}"}}') for phase in PHASES}
+    assert seconds["read"] >= 0.05 and seconds["warm_up"] > 0
+    # What comes after the last phase is told by nobody: callbacks and the log.
+    assert sum(seconds.values()) <= metric(text, "sdxl_model_load_seconds")
 
 
 async def test_a_model_that_cannot_be_loaded_never_becomes_ready() -> None:
