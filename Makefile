@@ -30,6 +30,7 @@ lint: install
 bench: install
 	$(BIN)/python -m tests.benchmarks.solo
 	$(BIN)/python -m tests.benchmarks.probes
+	$(BIN)/python -m tests.benchmarks.start
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.memory
 	$(BIN)/python -m tests.readme

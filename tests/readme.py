@@ -74,6 +74,7 @@ def benchmarks() -> str:
     for name, title in (
         ("solo", "One request through the server beside the stock pipeline's call"),
         ("probes", "`/v2/health/live` while eight requests run"),
+        ("start", "How long a start takes"),
         ("memory", "What each model needs in memory, computed from the full-size configurations"),
     ):
         text = (ROOT / "tests" / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip()

@@ -67,3 +67,36 @@ def test_the_server_starts_without_importing_torch(tmp_path: Path) -> None:
     code = "import sys, app.main; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=APP.parent)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("model_type", ["sdxl", "flux"])
+def test_all_is_imported_before_weights_are_read_and_nothing_that_the_model_does_not_take(model_type: str) -> None:
+    """Importing is most of a start; later it would be a request's time, with the search for garbage."""
+    import json
+    import subprocess
+    import sys
+
+    code = (
+        "import json, sys\n"
+        "from app.engine.weights import load_family\n"
+        "from app.engine.worker import Worker\n"
+        "from app.generation import GenerateRequest\n"
+        "from app.settings import Settings\n"
+        "first = []\n"
+        "def report(phase):\n"
+        "    if phase.startswith('reading') and not first: first.extend(sys.modules)\n"
+        "family = load_family(Settings(model_id='demo', model_type=sys.argv[1]), report)\n"
+        "request = family.resolve(GenerateRequest(prompt='', seed=0, num_inference_steps=1))\n"
+        "job = family.begin(request, family.encode(request))\n"
+        "family.step([job])\n"
+        "family.decode([job])\n"
+        "from diffusers.utils.constants import HF_ENABLE_PARALLEL_LOADING\n"
+        "print(json.dumps([first, sorted(set(sys.modules) - set(first)), HF_ENABLE_PARALLEL_LOADING]))"
+    )
+    command = [sys.executable, "-c", code, model_type]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=APP.parent)
+    first, later, parallel = json.loads(result.stdout)
+    assert parallel and later == []
+    other = "app.engine.flux" if model_type == "sdxl" else "app.engine.sdxl"
+    needless = {"compel", "torchvision", "pandas", "sklearn", "matplotlib", "open_clip", "bitsandbytes", "fastapi"}
+    assert not {*needless, other, "app.engine.converting", "app.engine.hub"} & set(first)
