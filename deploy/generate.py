@@ -213,9 +213,10 @@ ROWS: list[tuple[str, list[Panel]]] = [
             graph("Open files", "", "none", (own("process_open_fds"), "{{pod}} {{instance}}")),
             graph(
                 "Time to ready",
-                "From the start of the process to the ready model.",
+                "From the start of the process to the ready model, and the longest of each part of it.",
                 "s",
                 (f"sdxl_model_load_seconds{{{SERVICE}}}", "{{pod}} {{instance}}"),
+                (f"max by (phase) (sdxl_start_seconds{{{SERVICE}}})", "{{phase}}"),
             ),
         ],
     ),
