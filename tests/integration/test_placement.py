@@ -159,6 +159,14 @@ def test_a_gpu_computes_in_bfloat16_where_it_is_new_enough() -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_weights_are_read_to_the_gpu_unless_they_wait_on_the_cpu() -> None:
+    assert choose_placement(Settings(device="cuda:1")).read_to == torch.device("cuda", 1)
+    assert choose_placement(Settings(device="cpu")).read_to == CPU
+    for offload in OFFLOADS:
+        assert choose_placement(Settings(device=offload)).read_to is None
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_quantization_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelLoadFailed, match="needs the package bitsandbytes; install the extra 'quantization'"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from app.engine.converting import load_sdxl_file
+from app.engine.folders import read_folder
+from app.engine.loading import Format, Progress, load_folder
 from app.engine.sdxl import SdxlFamily
+from app.engine.single_files import read_single_file
 from app.engine.weights import DEMO_WEIGHTS, load_family
 from app.errors import ModelLoadFailed
 from app.settings import Settings
@@ -142,6 +148,42 @@ def test_fp16_files_and_shards_are_read(
     assert np.array_equal(ours(load(model_id=str(tmp_path / "half")), seed=2, **COMMON), expected)
     assert "taking the fp16 files, which every component has" in caplog.text
     assert np.array_equal(ours(load(model_id=str(tmp_path / "shards")), seed=2, **COMMON), expected)
+
+
+def test_files_that_are_read_side_by_side_are_read_whole(stock: StableDiffusionXLPipeline, tmp_path: Path) -> None:
+    """In a process of its own, as diffusers decides when it is imported."""
+    stock.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    code = (
+        "import sys; from app.engine.weights import load_family; from app.settings import Settings\n"
+        "family = load_family(Settings(model_id=sys.argv[1]))\n"
+        "from diffusers.utils.constants import HF_ENABLE_PARALLEL_LOADING; assert HF_ENABLE_PARALLEL_LOADING\n"
+        "family._pipeline.unet.save_pretrained(sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "shards"), str(tmp_path / "read")]
+    subprocess.run(command, check=True, capture_output=True)
+    read, expected = UNet2DConditionModel.from_pretrained(tmp_path / "read").state_dict(), stock.unet.state_dict()
+    assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("device", "shrinks"), [(None, False), ("meta", False), ("meta", True), ("cpu", False)])
+@pytest.mark.parametrize("source", ["sdxl", "flux", "file"])
+def test_weights_are_read_to_the_device_but_for_what_is_made_smaller_first(
+    source: str, device: str | None, shrinks: bool, folders: Path
+) -> None:
+    """With the device that holds nothing in the place of a GPU."""
+    numbers = Format(torch.float32, device=None if device is None else torch.device(device), shrinks=shrinks)
+    progress = Progress(lambda _: None, 0)
+    if source == "file":
+        file = read_single_file(folders / "base.safetensors", DEMO, "config_dir")
+        loaded = load_sdxl_file(file, numbers, progress, "config_dir")
+    else:
+        loaded = load_folder(read_folder(DEMO_WEIGHTS / source), numbers, progress)
+    modules = {name: part for name, part in loaded.items() if isinstance(part, torch.nn.Module)}
+    assert len(modules) == 4
+    for name, module in modules.items():
+        waits = device is None or (shrinks and name in ("unet", "transformer"))
+        tensors = [*module.parameters(), *module.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {"cpu" if waits else device}, name
 
 
 def test_full_precision_is_read_where_it_is_asked_for(stock: StableDiffusionXLPipeline, tmp_path: Path) -> None:
