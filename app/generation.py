@@ -108,6 +108,15 @@ class GenerateRequest:
         default=None,
         metadata=_parameter(Kind.NUMBER, "Tames overexposure by strong guidance.", minimum=0, maximum=1),
     )
+    guidance_end: float | None = field(
+        default=None,
+        metadata=_parameter(
+            Kind.NUMBER,
+            "Fraction of the denoising after which the negative prompt no longer counts: faster, and another picture.",
+            minimum=0,
+            maximum=1,
+        ),
+    )
     true_cfg_scale: float | None = field(
         default=None,
         metadata=_parameter(
@@ -301,6 +310,8 @@ class Generation:
     images: tuple[GeneratedImage, ...]
     timings: Timings
     warnings: tuple[str, ...] = ()
+    lossy: tuple[str, ...] = ()
+    """What was done at the price of the pictures."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,8 @@ def _load_family(settings: Settings, report: Callable[[str], None], timeline: st
     with timeline.phase("read"):
         wait_for_mount(settings, report)
     family = load_family(settings, report, timeline)
+    with timeline.phase("compile"):
+        family.warm(report)
     report("warming up" if settings.warm_up else "")
     return family
 
@@ -197,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
+        surroundings.keep_compiled(settings.cache_dir)
         server, failures = _make_server(settings)
         listener = _listen(settings)
     except InvalidSettings as error:

@@ -84,6 +84,10 @@ class Telemetry:
         self._out_of_memory = counter(
             "sdxl_out_of_memory_total", "Passes that did not fit, and what was done.", "stage", "action"
         )
+        self.unexpected_shapes = counter(
+            "sdxl_unexpected_shapes_total",
+            "Passes in a shape that nothing was compiled for.",
+        )
         self.decode_retries = counter("sdxl_decode_retries_total", "Pictures decoded once more in float32.")
         self.hung_steps = counter("sdxl_hung_steps_total", "Times that a device took too long to be believed.")
         self._idempotent = counter("sdxl_idempotent_total", "Requests whose Idempotency-Key came before.", "outcome")

@@ -34,12 +34,12 @@ class Adapters:
 
     def __init__(self, pipeline: Any, scales: Mapping[str, float]) -> None:
         self._pipeline = pipeline
-        self._scales = dict(scales)
+        self.scales = dict(scales)
         self._active: Loras | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._scales)
+        return tuple(self.scales)
 
     def resolve(self, loras: Loras | None) -> Loras:
         """In one order, without those whose scale is 0.
@@ -56,7 +56,7 @@ class Adapters:
         if loras:
             self._pipeline.enable_lora()
             names = [name for name, _ in loras]
-            self._pipeline.set_adapters(names, [scale * self._scales[name] for name, scale in loras])
+            self._pipeline.set_adapters(names, [scale * self.scales[name] for name, scale in loras])
         else:
             self._pipeline.disable_lora()
         self._active = loras

@@ -143,6 +143,11 @@ class Family(abc.ABC, Generic[J]):
         """
         return self.decode([job])[0] if whole else None
 
+    def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
+        """What is done for a resolved request at the price of its picture: ``fp8``, or a parameter's name."""
+        del request
+        return ()
+
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         """Sentences for the caller about what of a resolved request has no effect."""
         del request

@@ -24,7 +24,7 @@ from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
 from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
 from app.engine.flux_requests import FluxRequests
 from app.engine.fp8 import use_fp8
-from app.engine.optimization import OFF, Optimization
+from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.vae import Vae
 from app.engine.warming import warm
 from app.generation import GenerateRequest
@@ -67,7 +67,7 @@ class FluxFamily(Family[FluxJob]):
         self._factor: int = pipeline.vae_scale_factor * 2
         self._schedulers = FlowSchedulers(pipeline.scheduler)
         self._requests = FluxRequests(pipeline, self._schedulers, adapters.names if adapters else ())
-        self.parameters = self._requests.parameters
+        self.parameters = self._requests.parameters - (frozenset() if optimization.lossy else LOSSY_PARAMETERS)
         self.size_step = self._factor
         self.schedulers = tuple(NAMES)
         self.adapters = tuple(adapters.names) if adapters else ()
@@ -77,6 +77,9 @@ class FluxFamily(Family[FluxJob]):
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         return self._requests.resolve(request)
+
+    def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
+        return self._optimization.losses(request, guided=self._requests.guided(request))
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._requests.warnings(request)
@@ -164,6 +167,7 @@ class FluxFamily(Family[FluxJob]):
             step_options=schedulers.step_options(scheduler, generator, eta=0.0),
             timesteps=timesteps.to(device=self._device, dtype=dtype) / 1000,
             guidance=guidance,
+            guided_steps=round(len(timesteps) * (1.0 if request.guidance_end is None else request.guidance_end)),
             true_cfg_scale=request.true_cfg_scale,
             image_ids=self._pipeline._prepare_latent_image_ids(1, rows, columns, self._device, dtype),
             kept=kept,
@@ -217,14 +221,14 @@ class FluxFamily(Family[FluxJob]):
         return (self._grid(job.request), job.conditioning.positive.hidden.shape[1], job.latents.dtype, job.loras)
 
     def rows(self, job: FluxJob) -> int:
-        return 1 if job.conditioning.negative is None else 2
+        return 1 if job.negative is None else 2
 
     @on_device
     def step(self, jobs: Sequence[FluxJob]) -> None:
         self._activate(jobs[0].loras)
         # Rows: the positive ones of all jobs, then the negative ones of those that have any.
         rows = [(job, job.conditioning.positive) for job in jobs]
-        rows += [(job, job.conditioning.negative) for job in jobs if job.conditioning.negative is not None]
+        rows += [(job, job.negative) for job in jobs if job.negative is not None]
         # Alone, a job gets a pass for each of its rows, as in the stock pipelines; in company all rows go together.
         passes = [[row] for row in rows] if len(jobs) == 1 else [rows]
         predicted = [direction for each in passes for direction in self._predict(each)]

@@ -76,6 +76,7 @@ class FluxJob(Job):
         scheduler_timesteps: ``[num_steps]`` on the CPU, as the scheduler wants them.
         timesteps: ``[num_steps]`` on the device, between 0 and 1, as the transformer wants them.
         guidance: ``[1]``, float32 on the device, or ``None`` where the transformer has no guidance embedding.
+        guided_steps: of its first steps, which have a negative row too.
         true_cfg_scale: counts where `conditioning` has a negative prompt.
         image_ids: ``[tokens, 3]``, the row and column of every token.
     """
@@ -87,7 +88,13 @@ class FluxJob(Job):
     step_options: dict[str, Any]
     timesteps: torch.Tensor
     guidance: torch.Tensor | None
+    guided_steps: int
     true_cfg_scale: float
     image_ids: torch.Tensor
     kept: Kept | None
     loras: Loras
+
+    @property
+    def negative(self) -> Embedding | None:
+        """What the next step steers away from."""
+        return self.conditioning.negative if self.step_index < self.guided_steps else None

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from app.engine.placement import Placement
 from app.errors import ModelLoadFailed
+from app.generation import GenerateRequest
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ ATTENTION = [
     SDPBackend.MATH,
 ]
 """The fastest first; torch passes over what a GPU or a shape does not have."""
+LOSSY_PARAMETERS = frozenset({"guidance_end"})
+"""With which a request trades its picture for speed."""
 FP8_SINCE = (8, 9)
 """CUDA compute capability from which matrix products in 8 bits are there."""
 
@@ -47,6 +50,7 @@ class Optimization:
         most_rows: of one forward pass.
         most_pixels: times rows, of one forward pass.
         fp8: the UNet's or transformer's matrix products are done in 8 bits.
+        quantization: of the UNet's or transformer's weights, as in the settings.
         backend: of ``torch.compile``.
     """
 
@@ -55,6 +59,7 @@ class Optimization:
     most_rows: int = 16
     most_pixels: int = 16_777_216
     fp8: bool = False
+    quantization: str = "none"
     backend: str = "inductor"
 
     @property
@@ -83,6 +88,17 @@ class Optimization:
         for part in parts:
             if part is not None:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def losses(self, request: GenerateRequest, guided: bool) -> tuple[str, ...]:
+        """What a resolved request's picture pays for speed.
+
+        Args:
+            request: resolved.
+            guided: its negative prompt counts.
+        """
+        cut = guided and request.guidance_end is not None and request.guidance_end < 1
+        server = (("fp8", self.fp8), (f"quantization {self.quantization}", self.quantization != "none"))
+        return tuple(name for name, holds in (*server, ("guidance_end", cut)) if holds)
 
     def compiler(self) -> Compiler | None:
         if not self.compiles:
@@ -127,7 +143,12 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         logger.warning("--optimize max: adapters need weights in full, so matrix products are not done in 8 bits")
         fp8 = False
     return Optimization(
-        level, settings.warm_pictures, most_rows=settings.max_batch_size, most_pixels=settings.max_batch_pixels, fp8=fp8
+        level,
+        settings.warm_pictures,
+        most_rows=settings.max_batch_size,
+        most_pixels=settings.max_batch_pixels,
+        fp8=fp8,
+        quantization=placement.quantization,
     )
 
 

@@ -21,7 +21,7 @@ from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
 from app.engine.device import Pace, on_device
 from app.engine.family import Family
-from app.engine.optimization import OFF, Optimization
+from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.prompts import Embedding
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
 from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
@@ -67,6 +67,7 @@ class SdxlFamily(Family[SdxlJob]):
         self.maxima = {"clip_skip": self._requests.most_clip_skip}
         # The refiner's stay without one: callers who do not know what is loaded send them all the same.
         self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
+        self.parameters -= frozenset() if optimization.lossy else LOSSY_PARAMETERS
         self.size_step = pipeline.vae_scale_factor
         self.adapters = tuple(adapters.names) if adapters else ()
 
@@ -74,6 +75,9 @@ class SdxlFamily(Family[SdxlJob]):
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         return self._requests.resolve(request)
+
+    def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
+        return self._optimization.losses(request, guided=self._requests.guided(request))
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._requests.warnings(request)
@@ -137,13 +141,14 @@ class SdxlFamily(Family[SdxlJob]):
         legs = [leg for leg in legs if len(leg.timesteps)] or legs[:1]
         guided = bool(conditioning.negative)
         rescale = request.guidance_rescale if guided else None
+        steps = sum(len(leg.timesteps) for leg in legs)
         return SdxlJob(
             request=request,
-            num_steps=sum(len(leg.timesteps) for leg in legs),
+            num_steps=steps,
             latents=latents,
             generator=generator,
             legs=legs,
-            guided=guided,
+            guided_steps=round(steps * given(request.guidance_end, 1.0)) if guided else 0,
             guidance=self._scalar(request.guidance_scale),
             rescale=(self._scalar(rescale), self._scalar(1 - rescale)) if rescale else None,
             inpainting=inpainting,

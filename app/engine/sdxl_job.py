@@ -130,6 +130,7 @@ class SdxlJob(Job):
         legs: through the base, the refiner, or both in this order.
         leg_index: where it is.
         leg_step: steps taken of that leg.
+        guided_steps: of its first steps, which have a negative row too.
         guidance: ``[1, 1, 1, 1]``, float32 on the device.
         rescale: guidance rescale and 1 minus it, in the same shape.
     """
@@ -139,11 +140,16 @@ class SdxlJob(Job):
     legs: list[Leg]
     leg_index: int = 0
     leg_step: int = 0
-    guided: bool
+    guided_steps: int
     guidance: torch.Tensor
     rescale: tuple[torch.Tensor, torch.Tensor] | None
     inpainting: Inpainting | None
     loras: Loras = field(default=())
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next step has a negative row."""
+        return self.step_index < self.guided_steps
 
     @property
     def leg(self) -> Leg:

@@ -124,6 +124,7 @@ class Ticket:
     pace: float = 0.0
     last_step: float = 0.0
     warnings: dict[str, None] = field(default_factory=dict)
+    lossy: dict[str, None] = field(default_factory=dict)
     seconds: collections.defaultdict[str, float] = field(default_factory=lambda: collections.defaultdict(float))
     future: concurrent.futures.Future[Generation] = field(default_factory=concurrent.futures.Future)
     images: list[Image] = field(init=False)
@@ -188,4 +189,4 @@ class Ticket:
             for original, image in zip(originals, self.images, strict=True)
             if image.pixels is not None and image.encoded is not None
         ]
-        return Generation(tuple(images), timings, tuple(self.warnings))
+        return Generation(tuple(images), timings, tuple(self.warnings), tuple(self.lossy))

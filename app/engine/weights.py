@@ -23,6 +23,7 @@ from app.start import Timeline, importing
 
 if TYPE_CHECKING:
     from app.engine.loading import Format, Progress
+    from app.engine.optimization import Optimization
     from app.engine.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,12 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
         _import_libraries(sources)
 
     from app.engine.loading import Format, Progress
+    from app.engine.optimization import choose_optimization
     from app.engine.placement import choose_placement
 
     with timeline.phase("device"):
         placement = choose_placement(settings)
+    optimization = choose_optimization(settings, placement)
     numbers = Format(
         placement.dtype,
         placement.quantization_config(),
@@ -84,7 +87,7 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     with timeline.phase("read"), ONE_AT_A_TIME:
         components = _load_base(base, rest, numbers, progress)
         others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
-    return _make_family(settings, placement, base, components, refiner, others, say, timeline)
+    return _make_family(settings, placement, optimization, base, components, refiner, others, say, timeline)
 
 
 def _import_libraries(sources: Iterable[Source]) -> None:
@@ -307,6 +310,7 @@ def _load_refiner(
 def _make_family(
     settings: Settings,
     placement: Placement,
+    optimization: Optimization,
     base: Source,
     components: dict[str, Any],
     refiner: Source | None,
@@ -317,7 +321,6 @@ def _make_family(
     import diffusers
 
     from app.engine.adapters import load_adapters
-    from app.engine.optimization import choose_optimization
     from app.engine.placement import place, store_as_fp8
 
     if base.kind is Kind.FLUX:
@@ -345,7 +348,10 @@ def _make_family(
                 store_as_fp8(part, placement.dtype)
         place(parts, placement, report)
 
-    optimization = choose_optimization(settings, placement)
+    if adapters is not None and optimization.compiles:
+        from app.engine.merged_adapters import MergedAdapters
+
+        adapters = MergedAdapters(pipeline, adapters.scales)
     family: Family[Any]
     if base.kind is Kind.FLUX:
         from app.engine.flux import FluxFamily

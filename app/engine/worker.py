@@ -82,6 +82,7 @@ class Worker:
         self._attempts = Attempts(costs, telemetry, most_load, step_timeout, clock)
         self._turn: Hashable = None
         self._decode_retries = 0
+        self._unexpected_shapes = 0
 
     # --- Loading -----------------------------------------------------------------------------------------------
 
@@ -193,6 +194,7 @@ class Worker:
             image.conditioning = None
             image.total, image.rows = image.job.num_steps, self.family.rows(image.job)
             image.ticket.warnings.update(dict.fromkeys(self.family.warnings(image.request)))
+            image.ticket.lossy.update(dict.fromkeys(self.family.lossy(image.request)))
 
     # --- Denoising ---------------------------------------------------------------------------------------------
 
@@ -295,6 +297,9 @@ class Worker:
         retries = self.family.decode_retries
         self._telemetry.decode_retries.inc(retries - self._decode_retries)
         self._decode_retries = retries
+        unexpected = self.family.unexpected_shapes
+        self._telemetry.unexpected_shapes.inc(unexpected - self._unexpected_shapes)
+        self._unexpected_shapes = unexpected
 
     def hung(self, now: float) -> Operation | None:
         """What the device has been at for too long, if so. Any thread may ask."""

@@ -246,6 +246,8 @@ def _response_parameters(call: InferCall, generation: Generation) -> dict[str, S
         parameters[f"{stage}_seconds"] = round(getattr(timings, stage), 6)
     if generation.warnings:
         parameters["warnings"] = " ".join(generation.warnings)
+    if generation.lossy:
+        parameters["lossy"] = ", ".join(generation.lossy)
     return parameters
 
 
