@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from app.engine import placement
+from app.engine.loading import told
 from app.engine.placement import OFFLOADS, Placement, choose_placement, place, store_as_fp8
 from app.engine.sdxl import SdxlFamily
 from app.engine.weights import load_family
@@ -175,6 +176,22 @@ def test_quantization_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ModelLoadFailed, match=f"--quantization int8 does not go with --device {offload}"):
             choose_placement(Settings(quantization="int8", device=offload)).quantization_config()
     assert choose_placement(Settings(quantization="fp8")).quantization_config() is None
+
+
+@pytest.mark.parametrize(
+    ("full", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "The device has too little memory for /m; take --device enable_",
+        ),
+        (MemoryError(), "There is too little memory for /m; free some, or take --dtype, "),
+    ],
+)
+def test_what_fills_up_while_weights_are_read_is_told_with_a_remedy(full: Exception, says: str) -> None:
+    with pytest.raises(ModelLoadFailed) as caught, told("/m"):
+        raise full
+    assert str(caught.value).startswith(says)
 
 
 # --- Number formats --------------------------------------------------------------------------------------------
