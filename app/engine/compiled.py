@@ -59,7 +59,8 @@ class Compiler:
         try:
             yield
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            lines = str(error).strip().splitlines() or [repr(error)]
+            reason = getattr(error, "inner_exception", error)
+            lines = str(reason).strip().splitlines() or [repr(reason)]
             raise ModelLoadFailed(
                 f"The model cannot be compiled here ({lines[0].strip().rstrip('.:')}); take --optimize safe or off."
             ) from error
@@ -117,6 +118,7 @@ class Compiled:
         self._lengths = lengths
         self._graphs = graphs
         self._warm: set[Hashable] = set()
+        self._told: set[Hashable] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, _settle, (args, kwargs))
@@ -128,9 +130,15 @@ class Compiled:
             return self._run(args, kwargs)
         if shape not in self._warm:
             self._compiler.unexpected += 1
+            self._tell(shape)
             return self._as_written(*args, **kwargs)
         with torch.compiler.set_stance("eager_on_recompile"):
             return self._run(args, kwargs)
+
+    def _tell(self, shape: Hashable) -> None:
+        if shape not in self._told and len(self._told) < MOST_SHAPES:
+            self._told.add(shape)
+            logger.info("nothing was compiled for the shape %s: it runs as written", shape)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         result = self._compiled(*args, **kwargs)

@@ -30,7 +30,7 @@ class _Layer:
         names: of the adapters.
     """
 
-    weight: torch.Tensor
+    weight: torch.nn.Parameter
     original: torch.Tensor
     adapter: Any
     names: frozenset[str]
@@ -87,5 +87,5 @@ def _take_out(part: torch.nn.Module) -> list[_Layer]:
                 )
             own = layer.get_base_layer()
             setattr(parent, name, own)
-            layers.append(_Layer(own.weight.data, own.weight.detach().clone(), layer, names))
+            layers.append(_Layer(own.weight, own.weight.detach().clone(), layer, names))
     return layers

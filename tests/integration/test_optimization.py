@@ -1,0 +1,310 @@
+"""Every level of ``--optimize`` paints the pictures of ``off``, in any company, and compiles nothing once it is warm.
+
+Most of what is compiled here stops before machine code, which takes minutes: shapes, guards and graphs are those of a
+GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from peft import LoraConfig
+from torch import nn
+
+from app.engine.adapters import Adapters
+from app.engine.compiled import Compiler
+from app.engine.family import Family
+from app.engine.flux import FluxFamily
+from app.engine.fp8 import Fp8Linear, use_fp8
+from app.engine.merged_adapters import MergedAdapters
+from app.engine.optimization import OFF, Optimization, choose_optimization
+from app.engine.placement import Placement
+from app.engine.sdxl import SdxlFamily
+from app.engine.weights import DEMO_WEIGHTS
+from app.errors import InvalidRequest, ModelLoadFailed
+from app.generation import GenerateRequest
+from app.parameters import check_combinations
+from app.settings import Settings
+from tests.integration.stock import mask, ours, picture
+from tests.small_models import load_demo, make_refiner
+from tests.tiny_flux import make_flux
+
+PROMPT = "a red circle on a white background"
+SIZE = ((128, 128),)
+LEVELS = {
+    "safe": Optimization("safe", SIZE),
+    "compile": Optimization("compile", SIZE, backend="eager"),
+    "max": Optimization("max", SIZE, most_rows=4, backend="eager"),
+}
+SDXL_REQUESTS: list[dict[str, Any]] = [
+    {},
+    {"guidance_scale": 1.0},
+    {"scheduler": "DPM++ 2M Karras", "denoising_limit": 0.5},
+    {"scheduler": "DDIM", "guidance_rescale": 0.7},
+    {"image": picture(), "strength": 0.7},
+    {"image": picture(), "mask_image": mask(), "denoising_limit": 0.5},
+    {"prompt": "a red circle on a white background and " * 12},
+    {"prompt": "a (red:1.3) circle", "negative_prompt": "blue"},
+]
+FLUX_REQUESTS: list[dict[str, Any]] = [
+    {},
+    {"true_cfg_scale": 2.0, "negative_prompt": "blue"},
+    {"image": picture(), "strength": 0.7},
+    {"image": picture(), "mask_image": mask()},
+]
+
+
+def make_sdxl(optimization: Optimization) -> SdxlFamily:
+    base = load_demo()
+    return SdxlFamily(base, make_refiner(base), optimization=optimization)
+
+
+def make_flux_family(optimization: Optimization) -> FluxFamily:
+    torch.manual_seed(0)
+    return FluxFamily(make_flux(guidance_embeds=True, use_dynamic_shifting=True), optimization=optimization)
+
+
+MODELS: dict[str, tuple[Callable[[Optimization], Family[Any]], list[dict[str, Any]]]] = {
+    "sdxl": (make_sdxl, SDXL_REQUESTS),
+    "flux": (make_flux_family, FLUX_REQUESTS),
+}
+
+
+def warmed(make: Callable[[Optimization], Family[Any]], optimization: Optimization) -> Family[Any]:
+    torch.compiler.reset()
+    family = make(optimization)
+    family.warm(lambda _: None)
+    return family
+
+
+def graphs() -> int:
+    """Compiled by this process so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Decibels; pictures that people cannot tell apart have 40 and more."""
+    error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
+    return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def together(family: Family[Any], requests: list[dict[str, Any]]) -> np.ndarray:
+    """All in the same forward passes: uint8 ``[n, h, w, 3]``."""
+    resolved = [family.resolve(GenerateRequest(**request)) for request in requests]
+    jobs = [family.begin(request, family.encode(request)) for request in resolved]
+    while not all(job.done for job in jobs):
+        family.step([job for job in jobs if not job.done])
+    return family.decode(jobs)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_level_paints_the_pictures_of_off_and_compiles_nothing_after_warming_up(model: str, level: str) -> None:
+    make, requests = MODELS[model]
+    off, family = make(OFF), warmed(make, LEVELS[level])
+    before = graphs()
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5, "width": 128, "height": 128}
+    for request in requests:
+        asked = {**common, **request}
+        assert distance(ours(family, **asked), ours(off, **asked)) <= 2, request
+    scales = "guidance_scale" if model == "sdxl" else "true_cfg_scale"
+    for count in (2, 3):
+        many = [{**common, "seed": seed, "negative_prompt": "", scales: 1.0 + seed % 2} for seed in range(count)]
+        if model == "sdxl":
+            many = [{**each, "denoising_limit": 1.0} for each in many]
+        for found, asked in zip(together(family, many), many, strict=True):
+            assert distance(found, ours(off, **asked)) <= 2
+    assert graphs() == before
+    assert family.unexpected_shapes == 0
+    # Another size is painted as it would be with nothing compiled, and counted.
+    odd = {**common, "width": 96, "height": 64}
+    assert distance(ours(family, **odd), ours(off, **odd)) <= 2
+    assert (graphs(), family.unexpected_shapes > 0) == (before, level != "safe")
+
+
+def test_sizes_that_are_declared_are_compiled_and_no_others() -> None:
+    sizes = ((64, 64), (128, 64))
+    family = warmed(make_flux_family, Optimization("compile", sizes=sizes, backend="eager"))
+    before, common = graphs(), {"prompt": PROMPT, "num_inference_steps": 1, "seed": 1}
+    for width, height in sizes:
+        ours(family, **common, width=width, height=height)
+    assert (graphs(), family.unexpected_shapes) == (before, 0)
+    ours(family, **common, width=128, height=128)
+    assert graphs() == before and family.unexpected_shapes > 0
+
+
+def test_machine_code_takes_any_number_of_rows_without_compiling_again() -> None:
+    torch.compiler.reset()
+    compiler = Compiler()
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    run = compiler.compile(layer)
+    with torch.inference_mode():
+        with compiler.warm():
+            for rows in (1, 2):
+                run(torch.randn(rows, 4, 16, 16))
+        before = graphs()
+        # Sixteen rows of sixteen pixels are where a compiler takes one for the other.
+        for rows in (1, 2, 3, 16, 5):
+            given = torch.randn(rows, 4, 16, 16)
+            torch.testing.assert_close(run(given), layer(given), rtol=1e-4, atol=1e-5)
+        assert (graphs(), compiler.unexpected) == (before, 0)
+        given = torch.randn(2, 4, 8, 8)
+        torch.testing.assert_close(run(given), layer(given))
+        assert (graphs(), compiler.unexpected) == (before, 1)
+
+
+def test_what_cannot_be_compiled_is_told_in_one_sentence() -> None:
+    torch.compiler.reset()
+    compiler = Compiler()
+    run = compiler.compile(lambda tensor: tensor * tensor.sum().item().as_integer_ratio()[0])
+    sentence = r"^The model cannot be compiled here \(.+\); take --optimize safe or off\.$"
+    with pytest.raises(ModelLoadFailed, match=sentence), torch.inference_mode(), compiler.warm():
+        run(torch.ones(2))
+
+
+# --- Adapters --------------------------------------------------------------------------------------------------
+
+
+def with_adapters(kind: type[Adapters], optimization: Optimization) -> SdxlFamily:
+    pipeline: Any = load_demo()
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        layers = ["to_q", "to_v", "conv1"] if name == "first" else ["to_q", "to_out.0"]
+        pipeline.unet.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=layers), adapter_name=name)
+    pipeline.text_encoder.add_adapter(
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]), adapter_name="second"
+    )
+    pipeline.disable_lora()
+    return SdxlFamily(pipeline, adapters=kind(pipeline, {"first": 1.0, "second": 0.5}), optimization=optimization)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_adapters_are_swapped_under_what_is_compiled_and_leave_no_trace() -> None:
+    beside, plain = with_adapters(Adapters, OFF), SdxlFamily(load_demo())
+    torch.compiler.reset()
+    family = with_adapters(MergedAdapters, Optimization("compile", backend="eager"))
+    family.warm(lambda _: None)
+    before = graphs()
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5}
+    sets = [(("first", 0.7),), (("first", 1.0), ("second", 0.6)), (), (("second", 1.0),), ()]
+    for loras in sets:
+        found = ours(family, **asked, loras=loras or None)
+        expected = ours(beside, **asked, loras=loras) if loras else ours(plain, **asked)
+        assert distance(found, expected) <= 2, loras
+    assert (graphs(), family.unexpected_shapes) == (before, 0)
+
+
+def test_an_adapter_of_another_kind_is_told_in_one_sentence() -> None:
+    pipeline: Any = load_demo()
+    pipeline.unet.add_adapter(LoraConfig(r=2, use_dora=True, target_modules=["to_q"]), adapter_name="dora")
+    with pytest.raises(ModelLoadFailed, match="is a DoRA"):
+        MergedAdapters(pipeline, {"dora": 1.0})
+
+
+# --- What costs a little of the picture ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "least"), [("sdxl", 28.0), ("flux", 28.0)])
+def test_eight_bit_products_change_pictures_a_little_and_are_named(model: str, least: float) -> None:
+    demo: Any = DEMO_WEIGHTS / model
+    kind: Any = StableDiffusionXLPipeline if model == "sdxl" else FluxPipeline
+    family_kind: Any = SdxlFamily if model == "sdxl" else FluxFamily
+    off = family_kind(kind.from_pretrained(demo, dtype=torch.float32))
+    family = family_kind(kind.from_pretrained(demo, dtype=torch.float32), optimization=Optimization("safe", fp8=True))
+    asked = {"prompt": PROMPT, "num_inference_steps": 8, "seed": 5}
+    found = psnr(ours(family, **asked), ours(off, **asked))
+    assert least <= found < 60
+    assert family.lossy(family.resolve(GenerateRequest(**asked))) == ("fp8",)
+    assert off.lossy(off.resolve(GenerateRequest(**asked))) == ()
+
+
+def test_eight_bit_layers_are_near_those_in_full_and_take_what_is_large() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    given = torch.randn(2, 7, 64) * torch.logspace(-3, 3, 7)[None, :, None]
+    found, expected = Fp8Linear(linear)(given), linear(given)
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < 0.06, "each row has a scale of its own"
+    unet = load_demo().unet
+    count = use_fp8(unet)
+    layers = dict(unet.named_modules())
+    assert count == sum(isinstance(layer, Fp8Linear) for layer in layers.values()) > 20
+    assert isinstance(layers["time_embedding.linear_1"], nn.Linear)
+
+
+def test_guidance_ends_early_only_where_the_server_allows_it() -> None:
+    base = load_demo()
+    off, family = SdxlFamily(base), SdxlFamily(base, optimization=LEVELS["max"])
+    asked = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
+    with pytest.raises(InvalidRequest, match="does not take guidance_end"):
+        check_combinations(GenerateRequest(**asked, guidance_end=0.5), off.parameters)
+    check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
+    request = family.resolve(GenerateRequest(**asked, guidance_end=0.5))
+    assert family.lossy(request) == ("guidance_end",)
+    job = family.begin(request, family.encode(request))
+    rows = []
+    while not job.done:
+        rows.append(family.rows(job))
+        family.step([job])
+    assert rows == [2] * 5 + [1] * 5
+    full = ours(off, **asked)
+    assert np.array_equal(ours(off, **asked, guidance_end=1.0), full)
+    assert np.array_equal(ours(off, **asked, guidance_end=0.0), ours(off, **asked, guidance_scale=1.0))
+    assert 20 < psnr(family.decode([job])[0], full) < 60
+
+
+def test_guidance_ends_early_in_company_too() -> None:
+    family = SdxlFamily(load_demo(), optimization=Optimization("max", backend="eager"))
+    many = [
+        {"prompt": PROMPT, "num_inference_steps": 4, "seed": seed, "guidance_end": end}
+        for seed, end in enumerate((0.25, None, 0.5, 0.0))
+    ]
+    for found, asked in zip(together(family, many), many, strict=True):
+        assert distance(found, ours(family, **asked)) <= 2
+
+
+# --- Settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "offload", "complaint"),
+    [
+        ({"optimize": "compile"}, "enable_model_cpu_offload", "needs all weights on the device"),
+        ({"optimize": "max", "quantization": "fp8"}, None, "does not go with --quantization fp8"),
+    ],
+)
+def test_levels_that_contradict_other_settings_are_told(
+    flags: dict[str, Any], offload: str | None, complaint: str
+) -> None:
+    settings = Settings(**flags)
+    placement = Placement(torch.device("cpu"), torch.float32, offload, settings.quantization)
+    with pytest.raises(ModelLoadFailed, match=complaint):
+        choose_optimization(settings, placement)
+
+
+def test_what_auto_means() -> None:
+    cpu = Placement(torch.device("cpu"), torch.float32, None, "none")
+    gpu = dataclasses.replace(cpu, device=torch.device("cuda"))
+    assert choose_optimization(Settings(), cpu).level == "off"
+    assert choose_optimization(Settings(), gpu).level == "safe"
+    chosen = choose_optimization(Settings(optimize="max", warm_sizes=("64x128",), max_batch_size=3), cpu)
+    assert (chosen.sizes, chosen.most_rows, chosen.fp8) == (((64, 128),), 3, False)
+    assert chosen.row_counts(64 * 128) == (1, 2, 3)
+    assert dataclasses.replace(chosen, level="compile").row_counts(64 * 128) == (1, 2)
+
+
+def test_what_was_quantized_is_named() -> None:
+    quantized = Placement(torch.device("cpu"), torch.float32, None, "fp8")
+    chosen = choose_optimization(Settings(quantization="fp8"), quantized)
+    assert chosen.losses(GenerateRequest(prompt=""), guided=True) == ("quantization fp8",)
