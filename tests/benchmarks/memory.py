@@ -8,7 +8,7 @@ device, where tensors have shapes and no memory, adds up their weights, and runs
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from app.engine.placement import store_as_fp8
 from app.engine.single_files import CONFIGS
-from tests.gpu.full_size import make_components
+from tests.gpu.full_size import CLIP_TOKENS, META, forward, make_components
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
-META = torch.device("meta")
 GIB = 2**30
 SIZE = 1024
-TOKENS = 77
 T5_TOKENS = 512
 MODELS = {
     "SDXL": ("sdxl-base",),
@@ -134,37 +132,15 @@ def work_of(module: nn.Module, run: Callable[[], Any]) -> int:
     return alive.most
 
 
-def forward(name: str, module: Any, dtype: torch.dtype) -> Callable[[], Any]:
-    """One forward pass for a picture: two rows where there is guidance by a negative prompt, and the VAE's decoding."""
-
-    def tensor(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, device=META, dtype=kind)
-
-    config = module.config
-    if name == "unet":
-        ids = (config.projection_class_embeddings_input_dim - 1280) // config.addition_time_embed_dim
-        conditions = {"text_embeds": tensor(2, 1280), "time_ids": tensor(2, ids)}
-        hidden = tensor(2, TOKENS, config.cross_attention_dim)
-        return lambda: module(
-            tensor(2, 4, SIZE // 8, SIZE // 8), tensor(2), encoder_hidden_states=hidden, added_cond_kwargs=conditions
-        )
-    if name == "transformer":
-        packed = (SIZE // 16) ** 2
-        return lambda: module(
-            hidden_states=tensor(1, packed, config.in_channels),
-            encoder_hidden_states=tensor(1, T5_TOKENS, config.joint_attention_dim),
-            pooled_projections=tensor(1, config.pooled_projection_dim),
-            timestep=tensor(1),
-            guidance=tensor(1) if config.guidance_embeds else None,
-            img_ids=tensor(packed, 3),
-            txt_ids=tensor(T5_TOKENS, 3),
-        )
-    if name == "vae":
-        return lambda: module.decode(tensor(1, config.latent_channels, SIZE // 8, SIZE // 8))
-    tokens = T5_TOKENS if config.model_type == "t5" else TOKENS
-    # Text encoders ask what is in a mask, which nothing on the meta device can say; their work is a few tokens' only.
+def run(name: str, components: Mapping[str, Any], dtype: torch.dtype) -> Callable[[], Any]:
+    """One forward pass for a picture; see `forward`."""
+    if not name.startswith("text_encoder"):
+        return forward(name, components, dtype, SIZE, T5_TOKENS)
+    # A few tokens' work only; two prompts, and the widest that a layer makes of them.
+    config = components[name].config
+    tokens = T5_TOKENS if config.model_type == "t5" else CLIP_TOKENS
     widths = getattr(config, "d_ff", None) or config.intermediate_size
-    return lambda: tensor(2, tokens, 4 * widths)
+    return lambda: torch.empty(2, tokens, 4 * widths, device=META, dtype=dtype)
 
 
 # --- The table -------------------------------------------------------------------------------------------------
@@ -175,12 +151,13 @@ def make_parts(folders: tuple[str, ...], numbers: str) -> list[Part]:
     dtype = getattr(torch, numbers if numbers in ("float32", "float16") else "bfloat16")
     parts = []
     for i, folder in enumerate(folders):
-        for name, module in make_components(CONFIGS / folder, META, dtype).items():
+        components = make_components(CONFIGS / folder, META, dtype)
+        for name, module in components.items():
             if not isinstance(module, nn.Module) or (i and name in ("text_encoder_2", "vae")):
                 continue
             own = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
             nn.Module.to(module, own)
-            work = work_of(module, forward(name, module, own))
+            work = work_of(module, run(name, components, own))
             whole_layer = max(_bytes_of(layer, "", own) for layer in module.modules())
             weights, layer = weigh(module, name, numbers, own)
             packed = name in ("unet", "transformer") and numbers in ("fp8", "int8", "nf4")

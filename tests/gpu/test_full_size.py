@@ -17,19 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-from torch import nn
 
-import app.engine
 from app.engine.family import Family
-from app.engine.flux import FluxFamily
 from app.engine.placement import Placement, place, store_as_fp8
-from app.engine.sdxl import SdxlFamily
+from app.engine.single_files import CONFIGS
 from app.engine.weights import DEMO_WEIGHTS
 from app.generation import GenerateRequest
-from tests.gpu.full_size import count_parameters, make_components
+from tests.gpu.full_size import assemble, count_parameters, make_components, make_models, modules
 
-CONFIGS = Path(app.engine.__file__).parent / "configs"
 FULL_SIZE = {
     "sdxl": ("sdxl-base",),
     "sdxl with refiner": ("sdxl-base", "sdxl-refiner"),
@@ -81,13 +76,8 @@ def make_family(
     folders: list[Path], device: torch.device, dtype: torch.dtype, offload: str | None, quantization: str
 ) -> Family[Any]:
     """As `app.engine.weights` puts one together, but for the weights."""
-    made = [make_components(folder, device, dtype) for folder in folders]
-    parts = {
-        f"{name} {i}": module
-        for i, components in enumerate(made)
-        for name, module in components.items()
-        if isinstance(module, nn.Module)
-    }
+    made = make_models(folders, device, dtype)
+    parts = modules(made)
     if quantization == "fp8":
         for name, part in parts.items():
             if name.startswith(("unet", "transformer")):
@@ -98,16 +88,7 @@ def make_family(
         gc.collect()
         torch.cuda.empty_cache()
     place(parts, Placement(device, dtype, offload, quantization), lambda _: None)
-    if "transformer" in made[0]:
-        return FluxFamily(FluxPipeline(**made[0]))
-    base = StableDiffusionXLPipeline(**made[0], add_watermarker=False)
-    if len(made) == 1:
-        return SdxlFamily(base)
-    absent: dict[str, None] = {"text_encoder": None, "tokenizer": None}
-    refiner = StableDiffusionXLImg2ImgPipeline(
-        **absent, **made[1], requires_aesthetics_score=True, add_watermarker=False
-    )
-    return SdxlFamily(base, refiner)
+    return assemble(made)
 
 
 def measure(family: Family[Any], request: GenerateRequest, device: torch.device) -> tuple[Figures, np.ndarray]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.benchmarks.memory import META, MODELS, RESULTS, make_parts, needs, work_of
+from tests.benchmarks.memory import MODELS, RESULTS, make_parts, needs, work_of
+from tests.gpu.full_size import META
 
 
 def test_bytes_count_as_long_as_something_holds_them_and_weights_do_not() -> None:
