@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint bench image image-test
+.PHONY: install serve test lint bench bench-gpu image image-test
 
 install: .venv/installed
 
@@ -33,6 +33,11 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.start
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.memory
+	$(BIN)/python -m tests.readme
+
+# On a machine with a GPU; `make bench-gpu ARGS='--model sdxl --levels compile max'` runs a piece of it.
+bench-gpu: install
+	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 	$(BIN)/python -m tests.readme
 
 # With CUDA, on the base image that the Containerfile names; `make image BUILD='docker build' IMAGE=registry/name:tag`.

@@ -15,6 +15,7 @@ from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
 DATATYPES = {
     Kind.TEXT: "BYTES",
     Kind.INTEGER: "integer",
@@ -77,8 +78,24 @@ def benchmarks() -> str:
         ("start", "How long a start takes"),
         ("memory", "What each model needs in memory, computed from the full-size configurations"),
     ):
-        text = (ROOT / "tests" / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip()
+        text = (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
         parts.append(f"{title} (`python -m tests.benchmarks.{name}`):\n\n{text}")
+    parts.append(on_gpus(RESULTS))
+    return "\n\n".join(parts)
+
+
+def on_gpus(results: Path) -> str:
+    """What was measured on GPUs, a table and a figure for each, or that nothing was."""
+    tables = sorted(path for path in results.glob("gpu-*.md") if not path.stem.endswith("-small"))
+    if not tables:
+        return (
+            "Nothing was measured on a GPU yet: `make bench-gpu` does it where there is one, without a download, and "
+            "its results appear here."
+        )
+    parts = ["Full-size models on GPUs, at every level of `--optimize` (`make bench-gpu`):"]
+    for path in tables:
+        figure = path.with_suffix(".svg").relative_to(ROOT) if path.is_relative_to(ROOT) else path.with_suffix(".svg")
+        parts.append(f"{path.read_text(encoding='utf-8').strip()}\n\n![Seconds and pictures a second]({figure})")
     return "\n\n".join(parts)
 
 

@@ -67,6 +67,7 @@ def make_components(
                 module = kind.from_config(kind.load_config(folder / name))
         if generator is not None:
             _fill(module, generator, dtype, drawn or dtype)
+            _calm(module, drawn or dtype)
         if library == "transformers":
             module.tie_weights()
         components[name] = module.eval()
@@ -188,3 +189,13 @@ def _fill(module: nn.Module, generator: torch.Generator, dtype: torch.dtype, dra
             setattr(part, name, nn.Parameter(value.to(dtype), requires_grad=False))
         for name, buffer in list(part.named_buffers(recurse=False)):
             part.register_buffer(name, buffer.to(generator.device), persistent=False)
+
+
+def _calm(module: nn.Module, drawn: torch.dtype) -> None:
+    """Read time by its slow waves, as trained models do: the fast ones tell of what half precision rounds away."""
+    for name, part in module.named_modules():
+        if name.endswith(("time_embedding", "timestep_embedder", "guidance_embedder")):
+            weight = part.linear_1.weight
+            half = weight.shape[1] // 2
+            frequencies = 10_000 ** -(torch.arange(half, device=weight.device) / half)
+            weight.copy_((weight.float() / (1 + 1000 * frequencies).repeat(2)).to(drawn))

@@ -1,0 +1,83 @@
+"""The benchmark for GPUs, as `make bench-gpu` runs it but in small: what somebody would look at in its results."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODELS = ("sdxl", "sdxl-refiner", "flux-dev", "flux-schnell")
+FIGURES = ("seconds", "fastest", "slowest", "latency", "images_per_second", "tflop", "floor")
+
+
+def run(out: Path, *flags: str) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--small", "--device", "cpu", "--out", str(out), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two pieces left their results: all models as they are, and one compiled."""
+    folder = tmp_path_factory.mktemp("results")
+    run(folder, "--levels", "off")
+    run(folder, "--levels", "compile", "--model", "sdxl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((out / "gpu-cpu-small.json").read_text())
+    return read
+
+
+def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
+    levels = [(each["model"], each["level"]) for each in results["levels"]]
+    assert levels == [("sdxl", "off"), ("sdxl", "compile"), *((model, "off") for model in MODELS[1:])]
+    assert [(row["model"], row["level"], row["steps"], row["images"]) for row in results["rows"]] == [
+        (*level, 2, images) for level in levels for images in (1, 2)
+    ]
+    assert [each["levels"] for each in results["runs"]] == [["off"], ["compile"]]
+
+
+def test_every_row_has_figures_that_can_be(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        assert "unavailable" not in row, row
+        numbers = [*(row[name] for name in FIGURES), *row["stages"].values()]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+        assert row["fastest"] <= row["seconds"] <= row["slowest"]
+        assert row["floor"] < row["seconds"] <= row["latency"]
+        assert row["rows"] == row["images"] * (2 if row["model"].startswith("sdxl") else 1)
+        assert row["stages"]["encode"] + row["stages"]["step"] + row["stages"]["decode"] < row["seconds"]
+
+
+def test_levels_say_how_far_they_are_from_float32(results: dict[str, Any]) -> None:
+    for level in results["levels"]:
+        assert len(level["predictions"]) == 2
+        most = 0.0 if level["level"] == "off" else 1e-3
+        assert max(*level["predictions"], level["latents"]) <= most, level
+        assert level["warm_up"] > 0
+
+
+def test_half_precision_is_seen_to_differ_a_little(tmp_path: Path) -> None:
+    run(tmp_path, "--levels", "off", "--model", "sdxl-refiner", "flux-dev", "--rows", "1", "--dtype", "bfloat16")
+    for level in json.loads((tmp_path / "gpu-cpu-small.json").read_text())["levels"]:
+        for difference in (*level["predictions"], level["latents"]):
+            assert 1e-4 < difference < 0.1, level
+
+
+def test_a_table_and_a_figure_lie_beside_the_numbers(out: Path, results: dict[str, Any]) -> None:
+    assert {path.name for path in out.iterdir()} == {f"gpu-cpu-small.{kind}" for kind in ("json", "md", "svg")}
+    table = (out / "gpu-cpu-small.md").read_text()
+    for title in ("SDXL", "SDXL with refiner", "FLUX.1 dev", "FLUX.1 schnell"):
+        assert table.count(f"| {title} | 2 | `off` |") == 2
+    assert table.count("| SDXL | 2 | `compile` |") == 2
+    first = results["rows"][0]
+    assert f"| {first['images_per_second']:.3g} (2) |" in table and f"| {first['floor']:.3g} |" in table
+    figure = (out / "gpu-cpu-small.svg").read_text()
+    assert figure.startswith("<?xml") and "FLUX.1 schnell" in figure and "compile" in figure

@@ -1,0 +1,124 @@
+"""The benchmark for GPUs: floors that count the published work, rows that do not fit, pieces that make one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.engine.family import Family
+from app.errors import OutOfMemory
+from tests.benchmarks import gpu_report
+from tests.benchmarks.devices import summarize as summarize_log
+from tests.benchmarks.engines import Engine, Wave, distance, share_weights
+from tests.benchmarks.gpu import MODELS, UNFIT, Setup, count_work, keep, read, summarize, take_turns, write
+from tests.fakes import FakeJob, Instant
+from tests.readme import on_gpus
+
+CPU = torch.device("cpu")
+
+
+class HasRoomForTwo(Instant):
+    """Takes two images in a pass and no more."""
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        if len(jobs) > 2:
+            raise OutOfMemory("The device has too little memory for this request.")
+        super().step(jobs)
+
+
+def load() -> tuple[Family[Any], Mapping[str, nn.Module]]:
+    return HasRoomForTwo(), {}
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine(load, CPU)
+    yield engine
+    engine.close()
+
+
+def setup(*images: int) -> Setup:
+    return Setup(CPU, torch.float32, True, 64, ("off",), images, rounds=2, differences=False, rate=1.0)
+
+
+def test_what_does_not_fit_is_said_so_and_the_rest_is_measured(engine: Engine) -> None:
+    waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-dev"])
+    assert waves["off", (2, 4)] == UNFIT
+    for images in (1, 2):
+        found = waves["off", (2, images)]
+        assert isinstance(found, list) and len(found) == 2
+        assert all(wave.rows == images and 0 < wave.seconds <= wave.latency for wave in found)
+        assert all(wave.passes == {"transformer": 2 * images} for wave in found)
+
+
+# TFLOP of steps with guidance by a negative prompt, of T5's 512 tokens and of the decoding: what others have counted.
+# Hugging Face's benchmarks have 5.98 of the linear layers and convolutions of one row of SDXL, 59.5 of FLUX's linear
+# layers; attention comes on top.
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("sdxl-refiner", {"base": 13.52, "refiner": 14.58, "decode": 10.47, "encode": 0.209}),
+        ("flux-dev", {"transformer": 74.4, "decode": 10.47, "encode": 4.858}),
+    ],
+)
+def test_the_work_of_full_size_models_is_what_is_known_of_them(model: str, expected: dict[str, float]) -> None:
+    assert count_work(MODELS[model], small=False, side=1024) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_floor_is_the_work_of_all_passes_over_the_rate() -> None:
+    wave = Wave(3.0, 3.5, 4, {"base": 40, "refiner": 10}, 0.1, 0.1, 0.1, 0.1, None)
+    work = {"base": 13.0, "refiner": 14.0, "encode": 0.5, "decode": 10.0}
+    row = summarize([wave], images=2, work=work, rate=700.0)
+    assert row["tflop"] == 40 * 13 + 10 * 14 + 2 * 10.5
+    assert row["floor"] == pytest.approx(row["tflop"] / 700)
+    assert row["images_per_second"] == pytest.approx(2 / 3)
+
+
+def test_copies_share_weights_and_are_changed_alone() -> None:
+    part = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)).requires_grad_(False)
+    one, other = (share_weights([{"unet": part, "options": {}}])[0]["unet"] for _ in range(2))
+    assert one[1].weight.data_ptr() == other[1].weight.data_ptr() == part[1].weight.data_ptr()
+    one.to(memory_format=torch.channels_last)
+    one[1] = nn.Identity()
+    assert one[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert other[0].weight.is_contiguous() and isinstance(other[1], nn.Linear)
+
+
+def test_a_difference_is_relative_to_the_reference() -> None:
+    reference = torch.tensor([3.0, 4.0])
+    assert distance(reference, reference) == 0
+    assert distance(torch.tensor([3.0, 4.5]), reference) == pytest.approx(0.1)
+
+
+def test_a_record_takes_the_place_of_an_older_one_and_all_stand_in_order() -> None:
+    rows: list[dict[str, Any]] = []
+    for level, images, seconds in [("max", 1, 1.0), ("off", 16, 2.0), ("off", 2, 3.0), ("max", 1, 4.0)]:
+        keep(rows, {"level": level, "images": images, "seconds": seconds}, ("level", "images"))
+    assert [tuple(row.values()) for row in rows] == [("off", 2, 3.0), ("off", 16, 2.0), ("max", 1, 4.0)]
+
+
+def test_a_log_of_nvidia_smi_is_summed_up_without_what_is_cut_off() -> None:
+    lines = "1980, 310.5, 41\n1755, 698.2, 60\n1740, 699.0, 62\n17"
+    assert summarize_log(lines) == {
+        "clock_mhz": {"least": 1740, "median": 1755, "most": 1980},
+        "power_w": {"least": 310.5, "median": 698.2, "most": 699.0},
+        "temperature_c": {"least": 41, "median": 60, "most": 62},
+    }
+    assert summarize_log("[N/A], [N/A], 41\nNo devices were found\n") is None
+
+
+def test_the_readme_shows_what_gpus_there_are_results_of_and_no_small_runs(tmp_path: Path) -> None:
+    assert on_gpus(tmp_path).startswith("Nothing was measured on a GPU yet: `make bench-gpu`")
+    run = {"dtype": "bfloat16", "torch": "2.13", "rounds": 3, "rate_tflops": 700.0}
+    results = read(None) | {"device": "NVIDIA H100", "side": 1024, "small": False, "runs": [run]}
+    keep(results["levels"], {"model": "sdxl", "level": "max", "unavailable": UNFIT}, ("model", "level"))
+    write(results, tmp_path / "gpu-nvidia-h100.json")
+    write(results | {"device": "Other"}, tmp_path / "gpu-other-small.json")
+    text = on_gpus(tmp_path)
+    assert gpu_report.table(results).strip() in text and "| SDXL | – | `max` | does not fit |" in text
+    assert "gpu-nvidia-h100.svg" in text and "Other" not in text
