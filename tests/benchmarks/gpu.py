@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ RESULTS = Path(__file__).parent / "results"
 LEVELS = ("off", "safe", "compile", "max")
 UNFIT = "does not fit"
 FIRST_STEPS = 2
-"""Steps of what is painted before anything is measured, so that nobody pays for first times."""
+"""Steps of what is painted before anything is measured."""
 
 Results = dict[str, Any]
 Case = tuple[int, int]
 """Steps, and pictures at a time."""
+Waves = dict[tuple[str, Case], list[Wave] | str]
+"""By level and case; a sentence where there are none."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,12 @@ def work_of(wave: Wave, images: int, work: Mapping[str, float]) -> float:
 # --- The models at all levels ----------------------------------------------------------------------------------
 
 
-def measure(name: str, setup: Setup, results: Results) -> None:
-    """Measure one model at all levels, and put what comes out into `results`."""
+def measure(name: str, setup: Setup, results: Results, save: Callable[[], None]) -> None:
+    """Measure one model at all levels, put what comes out into `results`, and `save` them after every round."""
     model = MODELS[name]
     steps = setup.cases(model)[0][0]
     truth = find_truth(model, setup, steps) if setup.differences else None
+    work = count_work(model, setup.small, setup.side)
     engines: dict[str, Engine] = {}
     with contextlib.ExitStack() as stack:
         made = make_models(model.folders(setup.small), setup.device, setup.dtype)
@@ -186,12 +189,12 @@ def measure(name: str, setup: Setup, results: Results) -> None:
                 record |= differences(engine, setup.request(model, steps), truth)
             say(name, level, record.get("unavailable") or f"ready after {record['warm_up']:.1f} s")
             keep(results["levels"], record, ("model", "level"))
-        waves = take_turns(engines, setup, model)
-    work = count_work(model, setup.small, setup.side)
-    for (level, case), found in waves.items():
-        row = {"model": name, "level": level, "steps": case[0], "images": case[1]}
-        row |= summarize(found, case[1], work, setup.rate)
-        keep(results["rows"], row, ("model", "level", "steps", "images"))
+        for waves in take_turns(engines, setup, model):
+            for (level, (steps, images)), found in waves.items():
+                row = {"model": name, "level": level, "steps": steps, "images": images}
+                row |= summarize(found, images, work, setup.rate)
+                keep(results["rows"], row, ("model", "level", "steps", "images"))
+            save()
 
 
 def start(made: Sequence[Mapping[str, Any]], setup: Setup, optimization: Optimization) -> Engine:
@@ -208,13 +211,18 @@ def why_not(error: Exception) -> str:
     """A short reason for people."""
     if isinstance(error, OutOfMemory | torch.OutOfMemoryError):
         return UNFIT
+    if isinstance(error, RuntimeFault):
+        return f"failed: {error}"
     lines = str(error).strip().splitlines() or [""]
     return f"not available: {type(error).__name__}: {lines[0][:200]}"
 
 
-def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> dict[tuple[str, Case], list[Wave] | str]:
-    """The waves of every level and case, or why there are none; a case that does not fit is not tried again."""
-    waves: dict[tuple[str, Case], list[Wave] | str] = {}
+def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> Iterator[Waves]:
+    """All waves so far of every level and case, or why there are none, after each round.
+
+    What does not fit once is not tried again.
+    """
+    waves: Waves = {}
     order = list(engines)
     for round_ in range(-1, setup.rounds):
         for case in setup.cases(model):
@@ -223,20 +231,21 @@ def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> dic
                 if isinstance(so_far, str):
                     continue
                 steps, images = case
+                # The first round is a short one, so that nobody pays for first times.
+                request = setup.request(model, min(steps, FIRST_STEPS) if round_ < 0 else steps)
                 try:
-                    wave = engines[level].paint(
-                        setup.request(model, min(steps, FIRST_STEPS) if round_ < 0 else steps), images
-                    )
+                    wave = engines[level].paint(request, images)
                 except RuntimeFault as fault:
-                    waves[level, case] = UNFIT if isinstance(fault, OutOfMemory) else f"failed: {fault}"
-                    say(level, case, waves[level, case])
+                    waves[level, case] = why_not(fault)
+                    say(level, f"{steps} steps, {images} at a time: {waves[level, case]}")
                     continue
                 if round_ >= 0:
                     so_far.append(wave)
                     say(level, f"{steps} steps, {images} at a time: {wave.seconds:.3f} s")
             # Who goes first changes, so that nobody always comes after the same neighbour.
             order.append(order.pop(0))
-    return waves
+        if round_ >= 0:
+            yield waves
 
 
 def summarize(waves: Sequence[Wave] | str, images: int, work: Mapping[str, float], rate: float) -> dict[str, Any]:
@@ -276,8 +285,8 @@ def find_truth(model: Model, setup: Setup, steps: int) -> Trajectory | str:
                 return engine.follow(setup.request(model, steps))
             finally:
                 engine.close()
-    except (OutOfMemory, torch.OutOfMemoryError):
-        return UNFIT
+    except (RuntimeFault, torch.OutOfMemoryError) as error:
+        return why_not(error)
     finally:
         made = []
         empty(setup.device)
@@ -299,11 +308,11 @@ def differences(engine: Engine, request: GenerateRequest, truth: Trajectory | st
     """‖out − reference‖ / ‖reference‖: of the prediction in each step from the reference's own latents and embeddings,
     and of the latents after the last step of the same request."""
     if not isinstance(truth, Trajectory):
-        return {} if truth is None else {"differences": f"float32 {truth}"}
+        return {} if truth is None else {"differences": f"float32: {truth}"}
     try:
         forced, free = engine.follow(request, truth), engine.follow(request)
     except RuntimeFault as fault:
-        return {"differences": str(fault)}
+        return {"differences": why_not(fault)}
     return {
         "predictions": [distance(one, other) for one, other in zip(forced.predictions, truth.predictions, strict=True)],
         "latents": distance(free.latents[-1], truth.latents[-1]),
@@ -399,15 +408,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "log": {},
     }
     results["runs"].append(run)
-    for model in run["models"]:
-        with Log(device) as log:
-            measure(model, setup, results)
-        run.setdefault("log", {})[model] = log.summary
-        empty(device)
+
+    def save() -> None:
         if path is not None:
             write(results, path)
+
+    for model in run["models"]:
+        with Log(device) as log:
+            measure(model, setup, results, save)
+        run["log"][model] = log.summary
+        save()
+        empty(device)
     print(gpu_report.table(results))
     return 0
 

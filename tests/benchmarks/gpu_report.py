@@ -49,7 +49,8 @@ def _alone(results: Mapping[str, Any]) -> str:
     )
     lines = [f"| {header} |", "|---|--:|---|" + "--:|" * 11]
     levels = {(each["model"], each["level"]): each for each in results["levels"]}
-    rows = [row for row in results["rows"] if row["images"] == 1]
+    groups = _groups([row for row in results["rows"] if row["images"] == 1], "model", "steps")
+    rows = [row for _, group in groups for row in group]
     absent = [
         {"steps": NOTHING, **each}
         for key, each in levels.items()

@@ -47,7 +47,7 @@ def setup(*images: int) -> Setup:
 
 
 def test_what_does_not_fit_is_said_so_and_the_rest_is_measured(engine: Engine) -> None:
-    waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-dev"])
+    *_, waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-dev"])
     assert waves["off", (2, 4)] == UNFIT
     for images in (1, 2):
         found = waves["off", (2, images)]
