@@ -1,7 +1,7 @@
 """One model at one level of optimization behind a batcher, and what is read off it while the batcher runs it.
 
-A server's own settings, and nothing in between: requests go in at `Batcher.submit`, files come out. The instruments sit
-on the family, on the device's own thread, and wait for nothing.
+Requests go in at `Batcher.submit`, files come out. The instruments sit on the family, on the device's own thread, and
+wait for nothing.
 """
 
 from __future__ import annotations
@@ -39,11 +39,6 @@ WAIT = 3600.0
 """Seconds after which a request is given up: longer than anything takes."""
 
 _numbers = itertools.count()
-
-
-def default(name: str) -> Any:
-    """What a server takes where nobody sets it."""
-    return Settings.model_fields[name].default
 
 
 def share_weights(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -245,6 +240,7 @@ class Wave:
         encode: seconds of all text encoding; likewise `begin` and `decode`.
         step: seconds of a pass, the median.
         memory: GiB that the model and its work took at most, as far as the device tells.
+        unexpected: passes in shapes that were not prepared for.
     """
 
     seconds: float
@@ -256,13 +252,15 @@ class Wave:
     step: float
     decode: float
     memory: float | None
+    unexpected: int = 0
 
 
 class Engine:
-    """A family behind a batcher with a server's own settings.
+    """A family behind a batcher, as a server has it.
 
     Args:
         load: makes the family, and says which modules it is made of; called on the thread that owns it.
+        settings: of the server.
         device: of the family.
         known: modules whose weights are on the device already, which the family may share.
 
@@ -276,6 +274,7 @@ class Engine:
     def __init__(
         self,
         load: Callable[[], tuple[Family[Any], Mapping[str, nn.Module]]],
+        settings: Settings,
         device: torch.device,
         known: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
@@ -286,12 +285,12 @@ class Engine:
         self._batcher = Batcher(
             self._make,
             self._telemetry,
-            max_queue=default("max_queue"),
-            max_batch_size=default("max_batch_size"),
-            encode_threads=default("encode_threads"),
-            embed_metadata=default("embed_metadata"),
+            max_queue=settings.max_queue,
+            max_batch_size=settings.max_batch_size,
+            encode_threads=settings.encode_threads,
+            embed_metadata=settings.embed_metadata,
             warm_up=False,
-            max_batch_pixels=default("max_batch_pixels"),
+            max_batch_pixels=settings.max_batch_pixels,
             max_queue_seconds=WAIT,
             step_timeout=WAIT,
         )
@@ -361,7 +360,7 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
-        full = self._times_full()
+        full, unexpected = self._times_full(), self.family.unexpected_shapes
         started = time.perf_counter()
         self._batcher.submit(requests, WAIT).future.result()
         ended = time.perf_counter()
@@ -384,6 +383,7 @@ class Engine:
             step=statistics.median(seconds["step"]),
             decode=sum(seconds["decode"]),
             memory=memory,
+            unexpected=self.family.unexpected_shapes - unexpected,
         )
 
     def _allocated(self) -> int:

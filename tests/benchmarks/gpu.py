@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -29,15 +30,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.engine.family import Family
-from app.engine.optimization import Optimization
-from app.engine.placement import choose_device, choose_dtype
+from app.engine.optimization import choose_optimization
+from app.engine.placement import Placement, choose_device, choose_dtype
 from app.engine.single_files import CONFIGS
 from app.engine.weights import DEMO_WEIGHTS
 from app.errors import OutOfMemory, RuntimeFault
 from app.generation import GenerateRequest
+from app.settings import Settings
 from tests.benchmarks import gpu_report
 from tests.benchmarks.devices import Log, matrix_rate, name_of, slug
-from tests.benchmarks.engines import GIB, Engine, Trajectory, Wave, default, distance, share_weights
+from tests.benchmarks.engines import GIB, Engine, Trajectory, Wave, distance, share_weights
 from tests.gpu.full_size import META, assemble, forward, make_components, make_models, modules
 
 RESULTS = Path(__file__).parent / "results"
@@ -130,10 +132,10 @@ class Setup:
             denoising_limit=model.denoising_limit,
         )
 
-    def optimization(self, model: Model, level: str) -> Optimization:
-        rows = min(max(self.images) * model.rows, default("max_batch_size"))
-        rows = min(rows, int(default("max_batch_pixels")) // self.side**2)
-        return Optimization(level=level, sizes=((self.side, self.side),), most_rows=max(rows, model.rows))
+    def settings(self, model: Model, level: str) -> Settings:
+        """A server's own, but for how many rows it prepares for: no more than are measured."""
+        rows = min(max(self.images) * model.rows, Settings().max_batch_size)
+        return Settings(optimize=level, warm_sizes=(f"{self.side}x{self.side}",), max_batch_size=rows)
 
 
 # --- What the hardware allows ----------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
         for level in setup.levels:
             record: dict[str, Any] = {"model": name, "level": level}
             try:
-                engine = engines[level] = start(made, setup, setup.optimization(model, level))
+                engine = engines[level] = start(made, setup, setup.settings(model, level), setup.dtype)
             except Exception as error:
                 record["unavailable"] = why_not(error)
                 forget(results["rows"], record, ("model", "level"))
@@ -197,14 +199,16 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
             save()
 
 
-def start(made: Sequence[Mapping[str, Any]], setup: Setup, optimization: Optimization) -> Engine:
+def start(made: Sequence[Mapping[str, Any]], setup: Setup, settings: Settings, dtype: torch.dtype) -> Engine:
+    optimization = choose_optimization(settings, Placement(setup.device, dtype, None, "none"))
+
     def load() -> tuple[Family[Any], Mapping[str, nn.Module]]:
         own = share_weights(made)
         family = assemble(own, optimization=optimization)
-        family.warm(lambda phase: say(optimization.level, phase))
+        family.warm(functools.partial(say, settings.optimize))
         return family, modules(own)
 
-    return Engine(load, setup.device, modules(made))
+    return Engine(load, settings, setup.device, modules(made))
 
 
 def why_not(error: Exception) -> str:
@@ -269,6 +273,7 @@ def summarize(waves: Sequence[Wave] | str, images: int, work: Mapping[str, float
             for stage in ("encode", "begin", "step", "decode")
         },
         "memory_gib": max(memory) if memory else None,
+        "unexpected_shapes": sum(wave.unexpected for wave in waves),
     }
 
 
@@ -280,7 +285,7 @@ def find_truth(model: Model, setup: Setup, steps: int) -> Trajectory | str:
     try:
         made = make_models(model.folders(setup.small), setup.device, torch.float32, drawn=setup.dtype)
         with full_precision():
-            engine = start(made, setup, Optimization(level="off"))
+            engine = start(made, setup, setup.settings(model, "off"), torch.float32)
             try:
                 return engine.follow(setup.request(model, steps))
             finally:

@@ -12,6 +12,7 @@ from torch import nn
 
 from app.engine.family import Family
 from app.errors import OutOfMemory
+from app.settings import Settings
 from tests.benchmarks import gpu_report
 from tests.benchmarks.devices import summarize as summarize_log
 from tests.benchmarks.engines import Engine, Wave, distance, share_weights
@@ -37,7 +38,7 @@ def load() -> tuple[Family[Any], Mapping[str, nn.Module]]:
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    engine = Engine(load, CPU)
+    engine = Engine(load, Settings(), CPU)
     yield engine
     engine.close()
 
