@@ -34,7 +34,7 @@ from app.engine.optimization import choose_optimization
 from app.engine.placement import Placement, choose_device, choose_dtype
 from app.engine.single_files import CONFIGS
 from app.engine.weights import DEMO_WEIGHTS
-from app.errors import OutOfMemory, RuntimeFault
+from app.errors import ModelLoadFailed, OutOfMemory, RuntimeFault
 from app.generation import GenerateRequest
 from app.settings import Settings
 from tests.benchmarks import gpu_report
@@ -215,6 +215,8 @@ def why_not(error: Exception) -> str:
     """A short reason for people."""
     if isinstance(error, OutOfMemory | torch.OutOfMemoryError):
         return UNFIT
+    if isinstance(error, ModelLoadFailed):
+        return f"not available: {error}"
     if isinstance(error, RuntimeFault):
         return f"failed: {error}"
     lines = str(error).strip().splitlines() or [""]

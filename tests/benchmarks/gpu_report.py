@@ -58,9 +58,15 @@ def _alone(results: Mapping[str, Any]) -> str:
     ]
     for row in (*rows, *absent):
         level = levels.get((row["model"], row["level"]), {})
-        cells = [TITLES[row["model"]], str(row["steps"]), f"`{row['level']}`", *_cells(row, level)]
+        cells = [TITLES[row["model"]], str(row["steps"]), _level(row), *_cells(row, level)]
         lines.append(f"| {' | '.join(cells)} |")
     return "One picture at a time:\n\n" + "\n".join(lines)
+
+
+def _level(*rows: Row) -> str:
+    """Its name, and whether it was what it should be."""
+    unexpected = sum(row.get("unexpected_shapes", 0) for row in rows)
+    return f"`{rows[0]['level']}`" + (f" ({unexpected} passes were not compiled)" if unexpected else "")
 
 
 def _cells(row: Row, level: Row) -> list[str]:
@@ -87,12 +93,12 @@ def _together(results: Mapping[str, Any]) -> str:
         "|---|--:|---|" + "--:|" * (len(counts) + 1),
     ]
     for (model, steps), rows in _groups(results["rows"], "model", "steps"):
-        for (level,), of_level in _groups(rows, "level"):
+        for _, of_level in _groups(rows, "level"):
             found = {row["images"]: row for row in of_level}
             cells = [_rate(found.get(count)) for count in counts]
             floor = max((row["images"] / row["floor"] for row in found.values() if "floor" in row), default=None)
             cells.append(NOTHING if floor is None else f"{floor:.3g}")
-            lines.append(f"| {TITLES[model]} | {steps} | `{level}` | {' | '.join(cells)} |")
+            lines.append(f"| {TITLES[model]} | {steps} | {_level(*of_level)} | {' | '.join(cells)} |")
     return (
         "Pictures a second, where so many are painted at a time; in brackets the rows of the largest forward pass, two "
         "for each picture with guidance by a negative prompt:\n\n" + "\n".join(lines)

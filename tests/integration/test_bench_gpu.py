@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,13 @@ MODELS = ("sdxl", "sdxl-refiner", "flux-dev", "flux-schnell")
 FIGURES = ("seconds", "fastest", "slowest", "latency", "images_per_second", "tflop", "floor")
 
 
-def run(out: Path, *flags: str) -> None:
+def run(out: Path, *flags: str, **environment: str) -> dict[str, Any]:
+    """What stands in the file afterwards."""
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--small", "--device", "cpu", "--out", str(out), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads((out / "gpu-cpu-small.json").read_text())
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
 
 def test_every_row_has_figures_that_can_be(results: dict[str, Any]) -> None:
     for row in results["rows"]:
-        assert "unavailable" not in row, row
+        assert "unavailable" not in row and row["unexpected_shapes"] == 0, row
         numbers = [*(row[name] for name in FIGURES), *row["stages"].values()]
         assert all(math.isfinite(number) and number > 0 for number in numbers), row
         assert row["fastest"] <= row["seconds"] <= row["slowest"]
@@ -65,10 +69,20 @@ def test_levels_say_how_far_they_are_from_float32(results: dict[str, Any]) -> No
 
 
 def test_half_precision_is_seen_to_differ_a_little(tmp_path: Path) -> None:
-    run(tmp_path, "--levels", "off", "--model", "sdxl-refiner", "flux-dev", "--rows", "1", "--dtype", "bfloat16")
-    for level in json.loads((tmp_path / "gpu-cpu-small.json").read_text())["levels"]:
+    models = ("--model", "sdxl-refiner", "flux-dev", "--dtype", "bfloat16")
+    for level in run(tmp_path, "--levels", "off", "--rows", "1", *models)["levels"]:
         for difference in (*level["predictions"], level["latents"]):
             assert 1e-4 < difference < 0.1, level
+
+
+def test_a_level_that_this_machine_has_no_compiler_for_is_said_to_be_absent(tmp_path: Path) -> None:
+    absent = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = ("--levels", "off", "compile", "--model", "sdxl", "--rows", "1", "--no-differences")
+    results = run(tmp_path, *flags, **absent)
+    off, compiled = results["levels"]
+    assert "unavailable" not in off and compiled["unavailable"].startswith("not available: The model cannot be")
+    assert [(row["level"], row["images"]) for row in results["rows"]] == [("off", 1)]
+    assert "| SDXL | – | `compile` | not available:" in (tmp_path / "gpu-cpu-small.md").read_text()
 
 
 def test_a_table_and_a_figure_lie_beside_the_numbers(out: Path, results: dict[str, Any]) -> None:
