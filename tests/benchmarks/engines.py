@@ -13,6 +13,7 @@ import gc
 import itertools
 import statistics
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -38,7 +39,17 @@ SCHEDULERS = (diffusers.EulerDiscreteScheduler, diffusers.FlowMatchEulerDiscrete
 WAIT = 3600.0
 """Seconds after which a request is given up: longer than anything takes."""
 
+MOST_TO_END = 10.0
+"""Seconds that the threads of a batcher may take to end."""
+
 _numbers = itertools.count()
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def share_weights(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -313,12 +324,16 @@ class Engine:
         return family
 
     def close(self) -> None:
+        """End, and let go of the family and its memory."""
         self._batcher.close(0.0)
-        # The batcher's queue, its telemetry and its threads know one another.
+        family = weakref.ref(self.family)
         del self.family, self.instruments, self._batcher, self._load, self._parts
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        # The batcher's threads, which hold it, have been told to end and may take a moment.
+        given_up = time.monotonic() + MOST_TO_END
+        while family() is not None and time.monotonic() < given_up:
+            gc.collect()
+            time.sleep(0.01)
+        free(self._device)
 
     def paint(self, request: GenerateRequest, images: int = 1) -> Wave:
         """Paint `images` pictures of prompts that nobody has asked for yet, all at once.

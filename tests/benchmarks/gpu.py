@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import gc
 import json
 import logging
 import os
@@ -39,7 +38,7 @@ from app.generation import GenerateRequest
 from app.settings import Settings
 from tests.benchmarks import gpu_report
 from tests.benchmarks.devices import Log, matrix_rate, name_of, slug
-from tests.benchmarks.engines import GIB, Engine, Trajectory, Wave, distance, share_weights
+from tests.benchmarks.engines import GIB, Engine, Trajectory, Wave, distance, free, share_weights
 from tests.gpu.full_size import META, assemble, forward, make_components, make_models, modules
 
 RESULTS = Path(__file__).parent / "results"
@@ -184,6 +183,8 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
                 engine = engines[level] = start(made, setup, setup.settings(model, level), setup.dtype)
             except Exception as error:
                 record["unavailable"] = why_not(error)
+                error.__traceback__ = None
+                free(setup.device)
                 forget(results["rows"], record, ("model", "level"))
             else:
                 stack.callback(engine.close)
@@ -296,7 +297,7 @@ def find_truth(model: Model, setup: Setup, steps: int) -> Trajectory | str:
         return why_not(error)
     finally:
         made = []
-        empty(setup.device)
+        free(setup.device)
 
 
 @contextlib.contextmanager
@@ -361,13 +362,6 @@ def say(*words: Any) -> None:
     print(*words, flush=True)
 
 
-def empty(device: torch.device) -> None:
-    gc.collect()
-    torch.compiler.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
@@ -428,7 +422,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(model, setup, results, save)
         run["log"][model] = log.summary
         save()
-        empty(device)
+        torch.compiler.reset()
+        free(device)
     print(gpu_report.table(results))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def test_what_does_not_fit_is_said_so_and_the_rest_is_measured(engine: Engine) -
         assert isinstance(found, list) and len(found) == 2
         assert all(wave.rows == images and 0 < wave.seconds <= wave.latency for wave in found)
         assert all(wave.passes == {"transformer": 2 * images} for wave in found)
+
+
+def test_a_closed_engine_holds_no_family() -> None:
+    engine = Engine(load, Settings(), CPU)
+    family = weakref.ref(engine.family)
+    engine.close()
+    assert family() is None
 
 
 # TFLOP of steps with guidance by a negative prompt, of T5's 512 tokens and of the decoding: what others have counted.
