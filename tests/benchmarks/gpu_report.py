@@ -131,9 +131,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
     models = _groups([row for row in results["rows"] if "floor" in row], "model")
     with plt.rc_context({"svg.hashsalt": "benchmark", "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(
-            2, max(1, len(models)), figsize=(3.4 * max(1, len(models)), 6), squeeze=False, layout="constrained"
-        )
+        columns = max(1, len(models))
+        size = (max(6.0, 3.4 * columns), 6.0)
+        figure, axes = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
         for (model,), rows in models:
             above, below = axes[:, [each for (each,), _ in models].index(model)]
             above.set_title(TITLES[model])
@@ -141,9 +141,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             _draw_together(below, rows)
         axes[0, 0].set_ylabel("seconds of one picture")
         axes[1, 0].set_ylabel("pictures a second")
-        handles, labels = axes[1, 0].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        known = {
+            label: line for below in axes[1] for line, label in zip(*below.get_legend_handles_labels(), strict=True)
+        }
+        named = {label: known[label] for label in (*COLOURS, "floor") if label in known}
+        if named:
+            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named), frameon=False)
         figure.suptitle(results["device"])
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
