@@ -101,6 +101,8 @@ def main() -> None:
             for round_ in range(arguments.rounds):
                 for name, url in urls.items():
                     load = asyncio.run(Generator(url, "sdxl").closed(clients, arguments.seconds, Mix(seed=round_)))
+                    if not load.summary(SLO)["pictures"]:
+                        raise SystemExit(f"{name} painted nothing: {load.summary(SLO)['errors']}")
                     runs[clients][name].append(load)
                     print(clients, name, load.summary(SLO), flush=True)
     figures = {n: {name: median(loads) for name, loads in servers.items()} for n, servers in runs.items()}
