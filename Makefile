@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install serve test lint bench bench-gpu image image-test
+.PHONY: install serve test lint bench bench-gpu soak image image-test
 
 install: .venv/installed
 
@@ -32,7 +32,12 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.probes
 	$(BIN)/python -m tests.benchmarks.start
 	$(BIN)/python -m tests.benchmarks.load
+	$(BIN)/python -m tests.benchmarks.overload
 	$(BIN)/python -m tests.benchmarks.memory
+	$(BIN)/python -m tests.readme
+
+soak: install
+	$(BIN)/python -m tests.benchmarks.soak
 	$(BIN)/python -m tests.readme
 
 # On a machine with a GPU; `make bench-gpu ARGS='--model sdxl --levels compile max'` runs a piece of it.

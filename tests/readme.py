@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from app.engine.flux_requests import PARAMETERS as FLUX_PARAMETERS
+from app.engine.optimization import LOSSY_PARAMETERS
 from app.engine.scheduler_names import NAMES
 from app.engine.sdxl import OTHERS_PARAMETERS
 from app.engine.sdxl_requests import SCORES
@@ -16,6 +17,11 @@ from app.settings import Settings
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
+FIGURES = {
+    "load": "Share of pictures by latency, with 16 callers",
+    "soak": "Resident memory over twenty minutes",
+}
+"""Benchmarks that draw one, and what it shows."""
 DATATYPES = {
     Kind.TEXT: "BYTES",
     Kind.INTEGER: "integer",
@@ -43,6 +49,8 @@ def _model(name: str) -> str:
     """Which model a parameter is for, where it is not for every one."""
     if name in ("denoising_limit", *SCORES):
         return "SDXL with a refiner"
+    if name in LOSSY_PARAMETERS:
+        return "servers with `--optimize max`"
     return "FLUX" if name in OTHERS_PARAMETERS else "SDXL" if name not in FLUX_PARAMETERS else ""
 
 
@@ -75,11 +83,16 @@ def benchmarks() -> str:
     for name, title in (
         ("solo", "One request through the server beside the stock pipeline's call"),
         ("probes", "`/v2/health/live` while eight requests run"),
+        ("load", "Many callers at once, beside KServe's model server"),
+        ("overload", "Three times too many requests"),
+        ("soak", "Memory over time"),
         ("start", "How long a start takes"),
         ("memory", "What each model needs in memory, computed from the full-size configurations"),
     ):
         text = (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
         parts.append(f"{title} (`python -m tests.benchmarks.{name}`):\n\n{text}")
+        if name in FIGURES:
+            parts.append(f"![{FIGURES[name]}](tests/benchmarks/results/{name}.svg)")
     parts.append(on_gpus(RESULTS))
     return "\n\n".join(parts)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -101,6 +102,7 @@ class Setup:
         side: of every picture, pixels.
         images: pictures at a time.
         rate: TFLOP/s of matrix products in `dtype`.
+        backend: of ``torch.compile``.
     """
 
     device: torch.device
@@ -112,6 +114,7 @@ class Setup:
     rounds: int
     differences: bool
     rate: float
+    backend: str = "inductor"
 
     def cases(self, model: Model) -> list[Case]:
         """In the order of what they need."""
@@ -201,7 +204,8 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
 
 
 def start(made: Sequence[Mapping[str, Any]], setup: Setup, settings: Settings, dtype: torch.dtype) -> Engine:
-    optimization = choose_optimization(settings, Placement(setup.device, dtype, None, "none"))
+    chosen = choose_optimization(settings, Placement(setup.device, dtype, None, "none"))
+    optimization = dataclasses.replace(chosen, backend=setup.backend)
 
     def load() -> tuple[Family[Any], Mapping[str, nn.Module]]:
         own = share_weights(made)
@@ -371,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--differences", action=argparse.BooleanOptionalAction, default=True, help="from float32")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; 'eager' stops before machine code")
     parser.add_argument("--small", action="store_true", help="the demo's configurations, 64 x 64, 2 steps")
     parser.add_argument("--out", type=Path, help="folder for the results (default on a GPU: beside this program)")
     given = parser.parse_args(arguments)
@@ -392,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds=given.rounds or (1 if given.small else 3),
         differences=given.differences,
         rate=matrix_rate(device, dtype),
+        backend=given.backend,
     )
     say(f"{name}: {setup.rate:.3g} TFLOP/s in {dtype}")
 

@@ -43,8 +43,8 @@ COLUMNS = {
 }
 
 
-def start(stack: ExitStack, flags: list[str]) -> str:
-    """A server in a process of its own, ready; it ends with `stack`."""
+def start(stack: ExitStack, flags: list[str]) -> tuple[str, int]:
+    """A server in a process of its own, ready: where it listens, and its process. It ends with `stack`."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
@@ -59,7 +59,7 @@ def start(stack: ExitStack, flags: list[str]) -> str:
     while process.poll() is None:
         try:
             if httpx.get(f"{url}/v2/models/sdxl/ready").status_code == httpx.codes.OK:
-                return url
+                return url, process.pid
         except httpx.HTTPError:
             pass
         time.sleep(0.2)
@@ -94,7 +94,7 @@ def main() -> None:
 
     runs: dict[int, dict[str, list[Load]]] = {n: {name: [] for name in SERVERS} for n in arguments.clients}
     with ExitStack() as stack:
-        urls = {name: start(stack, flags) for name, flags in SERVERS.items()}
+        urls = {name: start(stack, flags)[0] for name, flags in SERVERS.items()}
         for url in urls.values():
             asyncio.run(Generator(url, "sdxl").closed(1, 2.0, Mix(seed=1)))
         for clients in arguments.clients:
