@@ -44,6 +44,7 @@ class Parameters(TypedDict, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     guidance_rescale: float | None
+    guidance_end: float | None
     true_cfg_scale: float | None
     image: ImageInput | Sequence[ImageInput] | None
     mask_image: ImageInput | Sequence[ImageInput] | None

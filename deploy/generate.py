@@ -197,10 +197,12 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 stack=True,
             ),
             graph(
-                "Second tries and hung steps",
-                "Pictures decoded once more in float32, and steps that took too long to be believed.",
+                "Second tries, shapes not compiled for and hung steps",
+                "Pictures decoded once more in float32, passes in a shape that nothing was compiled for, and steps "
+                "that took too long to be believed.",
                 "none",
                 (f"sum(increase(sdxl_decode_retries_total{{{SERVICE}}}[{RATE}]))", "decoded again"),
+                (f"sum(increase(sdxl_unexpected_shapes_total{{{SERVICE}}}[{RATE}]))", "shape not compiled"),
                 (f"sum(increase(sdxl_hung_steps_total{{{SERVICE}}}[{RATE}]))", "hung"),
             ),
         ],

@@ -129,6 +129,7 @@ def test_the_server_reads_every_parameter_as_it_was_given(binary: bool) -> None:
         crops_coords_top_left=(0, 8),
         target_size=(64, 128),
         denoising_end=0.8,
+        guidance_end=0.5,
         true_cfg_scale=2.5,
         image=b"\x89PNG",
         mask_image=b"RIFF",

@@ -75,6 +75,7 @@ def test_every_parameter_can_come_as_an_input() -> None:
         tensor("original_size", "INT64", [1024, 768]),
         tensor("crops_coords_top_left", "INT64", [[0, 64]], [1, 2]),
         tensor("target_size", "INT64", [512, 512]),
+        tensor("guidance_end", "FP32", [0.5]),
         tensor("true_cfg_scale", "FP32", [1.5]),
         tensor("image", "BYTES", ["AAE="]),
         tensor("mask_image", "UINT8", [0, 255], [1, 2]),
@@ -116,6 +117,7 @@ def test_every_parameter_can_come_as_an_input() -> None:
             original_size=(1024, 768),
             crops_coords_top_left=(0, 64),
             target_size=(512, 512),
+            guidance_end=0.5,
             true_cfg_scale=1.5,
             image=b"\0\1",
             mask_image=Pixels(b"\0\xff", height=1, width=2, channels=1),
@@ -539,7 +541,7 @@ def generation(*seeds: int) -> Generation:
     images = tuple(
         GeneratedImage(request, seed, Pixels(bytes(range(18)), 2, 3), f"png of {seed}".encode()) for seed in seeds
     )
-    return Generation(images, Timings(0.1, 0.2, 0.3, 0.4), ("Mind the gap.",))
+    return Generation(images, Timings(0.1, 0.2, 0.3, 0.4), ("Mind the gap.",), ("fp8", "guidance_end"))
 
 
 def test_json_answers_hold_base64_pictures_and_say_what_was_defaulted() -> None:
@@ -561,6 +563,7 @@ def test_json_answers_hold_base64_pictures_and_say_what_was_defaulted() -> None:
         0.4,
     ]
     assert parameters["content_type"] == "image/png" and parameters["warnings"] == "Mind the gap."
+    assert parameters["lossy"] == "fp8, guidance_end"
     assert b"null" not in raw
 
 

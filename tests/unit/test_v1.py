@@ -78,9 +78,10 @@ def test_all_instances_are_read_in_order() -> None:
 def test_every_parameter_can_be_given() -> None:
     given = {
         "prompt": "a", "prompt_2": "b", "negative_prompt": "c", "negative_prompt_2": "d", "height": 64, "width": 72.0,
-        "num_inference_steps": 9, "guidance_scale": 7, "guidance_rescale": 0.5, "true_cfg_scale": 2, "image": FILE,
-        "mask_image": FILE, "strength": 0.5, "seed": 2**63 - 1, "num_images_per_prompt": 2, "clip_skip": 1,
-        "scheduler": "Euler", "use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+        "num_inference_steps": 9, "guidance_scale": 7, "guidance_rescale": 0.5, "guidance_end": 0.5,
+        "true_cfg_scale": 2, "image": FILE, "mask_image": FILE, "strength": 0.5, "seed": 2**63 - 1,
+        "num_images_per_prompt": 2, "clip_skip": 1, "scheduler": "Euler",
+        "use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False,
         "timestep_spacing": "Trailing", "timesteps": [999, 1.5], "sigmas": [1], "eta": 0.5,
         "original_size": [1, 2], "crops_coords_top_left": [3, 4], "target_size": [5, 6],
         "negative_original_size": [7, 8], "negative_crops_coords_top_left": [9, 10], "negative_target_size": [11, 12],
