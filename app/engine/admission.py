@@ -13,7 +13,7 @@ from app.errors import DeadlineExceeded, Overloaded
 
 LONGEST_WAIT = 600
 """Seconds that nobody is told to wait longer than."""
-CAUTION = 1.25
+CAUTION = 1.5
 """How much longer than estimated it may take before a deadline is missed."""
 
 
@@ -138,7 +138,7 @@ def check_seconds(
             "ask for fewer steps or images."
         )
     with_new = schedule([*forecast, new], costs, devices)
-    late = now + with_new[new] * CAUTION - new.deadline
+    late = with_new[new] - timeout / CAUTION
     if late > 0:
         _refuse("The queue is too long for the request to meet its deadline", late)
     for ticket, before in forecast.items():

@@ -109,23 +109,34 @@ def main() -> None:
     write(figures, runs, arguments)
 
 
-def write(figures: dict[int, dict[str, dict[str, float]]], runs: Any, arguments: argparse.Namespace) -> None:
+def write(measured: dict[int, dict[str, dict[str, float]]], runs: Any, arguments: argparse.Namespace) -> None:
+    """Numbers of clients that were measured replace what was known of them; the others stay."""
+    path = RESULTS / "load.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    of = {"rounds": arguments.rounds, "seconds": arguments.seconds}
+    known |= {str(clients): {"servers": servers, **of} for clients, servers in measured.items()}
+    known = dict(sorted(known.items(), key=lambda item: int(item[0])))
     notes = [
-        f"Closed loop, 10 to 30 steps, mixed guidance and schedulers; medians of {arguments.rounds} rounds of "
-        f"{arguments.seconds:g} s, alternating; {os.cpu_count()} cores ({platform.machine()}), torch "
-        f"{torch.__version__}, the demo model. KServe's server runs the stock pipeline on the same weights."
+        "Closed loop, 10 to 30 steps, mixed guidance and schedulers; medians of alternating rounds; "
+        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, the demo model. KServe's server "
+        "runs the stock pipeline on the same weights."
     ]
     fair = next(name for name in SERVERS if "executor" in name)
-    for clients, servers in figures.items():
-        rate = servers[OURS]["images_per_second"] / servers[fair]["images_per_second"]
-        late = servers[OURS]["p50"] / servers[fair]["p50"]
-        notes.append(f"{clients} clients: {rate:.2f} times the images of the executor, p50 {late:.2f} of its.")
-    text = "\n\n".join((*notes, table(figures)))
+    for clients, found in known.items():
+        ours, theirs = found["servers"][OURS], found["servers"][fair]
+        notes.append(
+            f"{clients} {'client' if clients == '1' else 'clients'}, {found['rounds']} rounds of "
+            f"{found['seconds']:g} s: "
+            f"{ours['images_per_second'] / theirs['images_per_second']:.2f} times the images of the executor, p50 "
+            f"{ours['p50'] / theirs['p50']:.2f} of its."
+        )
+    text = "\n\n".join((*notes, table({int(clients): found["servers"] for clients, found in known.items()})))
     (RESULTS / "load.md").write_text(text, encoding="utf-8")
-    (RESULTS / "load.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     most = max(runs)
-    last = {f"{name}, {most} clients": loads[-1] for name, loads in runs[most].items()}
-    plot(last, RESULTS / "load.svg")
+    if most == max(map(int, known)):
+        last = {f"{name}, {most} clients": loads[-1] for name, loads in runs[most].items()}
+        plot(last, RESULTS / "load.svg")
     print(text)
 
 
