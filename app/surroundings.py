@@ -22,6 +22,9 @@ MOST_BYTES = 4096
 def prepare() -> None:
     """Make up for what libraries take for granted; to be called before they are imported."""
     _open_standard_streams()
+    # On a CPU, torch keeps code for every shape that it met, four times as many by default: with many sizes and numbers
+    # of rows that is hundreds of megabytes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     # Libraries keep caches in the home, and ask by what name the user goes.
     if not _writable(os.environ.get("HOME")):
         os.environ["HOME"] = _temporary_home()
