@@ -50,6 +50,7 @@ class Optimization:
         most_rows: of one forward pass.
         most_pixels: times rows, of one forward pass.
         fp8: the UNet's or transformer's matrix products are done in 8 bits.
+        settled: weights lie on the device, in full, and stay; others may not be touched.
         quantization: of the UNet's or transformer's weights, as in the settings.
         backend: of ``torch.compile``.
     """
@@ -59,6 +60,7 @@ class Optimization:
     most_rows: int = 16
     most_pixels: int = 16_777_216
     fp8: bool = False
+    settled: bool = True
     quantization: str = "none"
     backend: str = "inductor"
 
@@ -83,7 +85,7 @@ class Optimization:
 
     def arrange(self, *parts: nn.Module | None) -> None:
         """Lay out the weights of convolutions as GPUs want them, pixels before channels."""
-        if self.level == "off":
+        if self.level == "off" or not self.settled:
             return
         for part in parts:
             if part is not None:
@@ -148,6 +150,7 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         most_rows=settings.max_batch_size,
         most_pixels=settings.max_batch_pixels,
         fp8=fp8,
+        settled=placement.offload is None and placement.quantization == "none",
         quantization=placement.quantization,
     )
 

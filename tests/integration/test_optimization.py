@@ -304,6 +304,19 @@ def test_what_auto_means() -> None:
     assert dataclasses.replace(chosen, level="compile").row_counts(64 * 128) == (1, 2)
 
 
+@pytest.mark.parametrize(("offload", "quantization"), [("enable_sequential_cpu_offload", "none"), (None, "nf4")])
+def test_weights_that_wait_elsewhere_or_are_quantized_are_left_as_they_lie(
+    offload: str | None, quantization: str
+) -> None:
+    placement = Placement(torch.device("cpu"), torch.float32, offload, quantization)
+    chosen = choose_optimization(Settings(optimize="safe"), placement)
+    layer = nn.Conv2d(4, 8, 3)
+    chosen.arrange(layer)
+    assert layer.weight.is_contiguous()
+    Optimization("safe").arrange(layer)
+    assert not layer.weight.is_contiguous()
+
+
 def test_what_was_quantized_is_named() -> None:
     quantized = Placement(torch.device("cpu"), torch.float32, None, "fp8")
     chosen = choose_optimization(Settings(quantization="fp8"), quantized)
