@@ -40,7 +40,7 @@ class Vae:
 
     def __init__(self, module: Any, processor: VaeImageProcessor, compiler: Compiler | None = None) -> None:
         self.module = module
-        self._decode = compiler.compile(module.decode) if compiler else module.decode
+        self._compiled = compiler.compile(module.decode) if compiler else None
         self.processor = processor
         self.retries = 0
 
@@ -100,7 +100,8 @@ class Vae:
                 "less guidance, or serve the model with another dtype."
             )
         with self._tiles(tiled):
-            pixels = self._pixels(latents, self.module.decode if self.module.use_tiling else self._decode)
+            compiled = None if self.module.use_tiling else self._compiled
+            pixels = self._pixels(latents, compiled or self.module.decode)
             if pixels is None and self.module.dtype in HALF:
                 self.retries += 1
                 with self._float32():
