@@ -101,6 +101,14 @@ class Settings(BaseModel):
     cache_dir: Path | None = Field(
         None, description="Folder that keeps what was compiled for the next start; a volume that outlives the server."
     )
+    step_cache: int = Field(
+        1,
+        ge=1,
+        le=4,
+        description="FLUX: after the first quarter of a run, one of so many steps goes through the model's blocks, the "
+        "others draw out what these added before: faster, at the price of a little of the picture. 1 takes all steps "
+        "whole.",
+    )
     vae_tiling: bool = Field(False, description="Decode large pictures in tiles: less memory, faint seams.")
     vae_slicing: bool = Field(False, description="Decode pictures one by one: less memory.")
 

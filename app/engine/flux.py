@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +25,21 @@ from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
 from app.engine.flux_requests import FluxRequests
 from app.engine.fp8 import use_fp8
 from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
+from app.engine.step_cache import SHORTEST, Added, StepCache, plan
 from app.engine.vae import Vae
 from app.engine.warming import warm
 from app.generation import GenerateRequest
 
 EMBEDDING_CACHE_SIZE = 32
 """Prompts whose embeddings are kept; each takes 4 MB for FLUX.1 in half precision."""
+
+
+class Row(NamedTuple):
+    """What one job brings to a forward pass for one of its prompts."""
+
+    job: FluxJob
+    embedding: Embedding
+    added: Added
 
 
 class FluxFamily(Family[FluxJob]):
@@ -59,6 +68,7 @@ class FluxFamily(Family[FluxJob]):
             self._predict_rows = self._compiler.compile_blocks(self._transformer)
             for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
                 self._compiler.compile_encoder(encoder)
+        self._cache = StepCache(self._transformer) if optimization.step_cache > 1 else None
         self._device: torch.device = pipeline._execution_device
         self._pace = Pace(self._device)
         # Only for its helpers; the pipeline itself has none that reads an image.
@@ -79,7 +89,13 @@ class FluxFamily(Family[FluxJob]):
         return self._requests.resolve(request)
 
     def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
-        return self._optimization.losses(request, guided=self._requests.guided(request))
+        losses = self._optimization.losses(request, guided=self._requests.guided(request))
+        return (*losses, f"step_cache {self._optimization.step_cache}") if self._leaves_out(request) else losses
+
+    def _leaves_out(self, request: GenerateRequest) -> bool:
+        """Whether some of a request's steps do without the transformer's blocks."""
+        assert request.num_inference_steps is not None
+        return self._cache is not None and request.num_inference_steps - first_step(request) >= SHORTEST
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._requests.warnings(request)
@@ -172,6 +188,7 @@ class FluxFamily(Family[FluxJob]):
             image_ids=self._pipeline._prepare_latent_image_ids(1, rows, columns, self._device, dtype),
             kept=kept,
             loras=request.loras or (),
+            reach=plan(timesteps.tolist(), self._optimization.step_cache) if self._leaves_out(request) else (),
         )
 
     def _grid(self, request: GenerateRequest) -> tuple[int, int]:
@@ -218,7 +235,8 @@ class FluxFamily(Family[FluxJob]):
 
     def signature(self, job: FluxJob) -> Hashable:
         # The transformer takes one set of positions for all rows, so tokens must lie in the same grid.
-        return (self._grid(job.request), job.conditioning.positive.hidden.shape[1], job.latents.dtype, job.loras)
+        tokens = job.conditioning.positive.hidden.shape[1]
+        return (self._grid(job.request), tokens, job.latents.dtype, job.loras, job.without_blocks)
 
     def rows(self, job: FluxJob) -> int:
         return 1 if job.negative is None else 2
@@ -227,32 +245,42 @@ class FluxFamily(Family[FluxJob]):
     def step(self, jobs: Sequence[FluxJob]) -> None:
         self._activate(jobs[0].loras)
         # Rows: the positive ones of all jobs, then the negative ones of those that have any.
-        rows = [(job, job.conditioning.positive) for job in jobs]
-        rows += [(job, job.negative) for job in jobs if job.negative is not None]
+        rows = [Row(job, job.conditioning.positive, job.added[0]) for job in jobs]
+        rows += [Row(job, job.negative, job.added[1]) for job in jobs if job.negative is not None]
         # Alone, a job gets a pass for each of its rows, as in the stock pipelines; in company all rows go together.
         passes = [[row] for row in rows] if len(jobs) == 1 else [rows]
         predicted = [direction for each in passes for direction in self._predict(each)]
         directions = dict(zip(map(id, jobs), predicted, strict=False))
-        for (job, _), away in zip(rows[len(jobs) :], predicted[len(jobs) :], strict=True):
-            directions[id(job)] = away + job.true_cfg_scale * (directions[id(job)] - away)
+        for row, away in zip(rows[len(jobs) :], predicted[len(jobs) :], strict=True):
+            directions[id(row.job)] = away + row.job.true_cfg_scale * (directions[id(row.job)] - away)
         for job in jobs:
             self._advance(job, directions[id(job)])
         self._pace.wait()
 
-    def _predict(self, rows: Sequence[tuple[FluxJob, Embedding]]) -> tuple[torch.Tensor, ...]:
+    def _predict(self, rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
         """One forward pass: the direction from picture to noise for each of `rows`, ``[1, tokens, 4 c]``."""
-        job, embedding = rows[0]
+        job, embedding, _ = rows[0]
+        inputs: dict[str, Any] = {
+            "hidden_states": torch.cat([row.job.latents for row in rows]),
+            "timestep": torch.stack([row.job.timesteps[row.job.step_index] for row in rows]),
+            "guidance": _cat_or_none([row.job.guidance for row in rows]),
+            "pooled_projections": torch.cat([row.embedding.pooled for row in rows]),
+        }
+        if self._cache is not None and job.without_blocks:
+            added = torch.cat([row.added.drawn(row.job.reach[row.job.step_index] or 0.0) for row in rows])
+            return self._cache.predict(**inputs, added=added).chunk(len(rows))
         with self._optimization.attention(self._device):
             predicted: torch.Tensor = self._predict_rows(
-                hidden_states=torch.cat([job.latents for job, _ in rows]),
-                timestep=torch.stack([job.timesteps[job.step_index] for job, _ in rows]),
-                guidance=_cat_or_none([job.guidance for job, _ in rows]),
-                pooled_projections=torch.cat([embedding.pooled for _, embedding in rows]),
-                encoder_hidden_states=torch.cat([embedding.hidden for _, embedding in rows]),
+                **inputs,
+                encoder_hidden_states=torch.cat([row.embedding.hidden for row in rows]),
                 txt_ids=embedding.ids,
                 img_ids=job.image_ids,
                 return_dict=False,
             )[0]
+        if self._cache is not None:
+            for row, added in zip(rows, self._cache.added().chunk(len(rows)), strict=True):
+                if row.job.reach:
+                    row.added.note(row.job.step_index, added)
         return predicted.chunk(len(rows))
 
     @staticmethod

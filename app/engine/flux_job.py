@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from app.engine.adapters import Loras
 from app.engine.family import Job
+from app.engine.step_cache import Added
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,9 @@ class FluxJob(Job):
         guided_steps: of its first steps, which have a negative row too.
         true_cfg_scale: counts where `conditioning` has a negative prompt.
         image_ids: ``[tokens, 3]``, the row and column of every token.
+        reach: for each step ``None``, or, where it does without the transformer's blocks, how far what they added is
+            drawn out. Empty where no step does.
+        added: what the blocks added to the positive and to the negative row.
     """
 
     conditioning: Conditioning
@@ -93,6 +97,13 @@ class FluxJob(Job):
     image_ids: torch.Tensor
     kept: Kept | None
     loras: Loras
+    reach: tuple[float | None, ...] = ()
+    added: tuple[Added, Added] = field(default_factory=lambda: (Added(), Added()))
+
+    @property
+    def without_blocks(self) -> bool:
+        """Whether the next step leaves the transformer's blocks out."""
+        return bool(self.reach) and not self.done and self.reach[self.step_index] is not None
 
     @property
     def negative(self) -> Embedding | None:

@@ -49,6 +49,7 @@ class Optimization:
         sizes: width and height of the pictures that are prepared for; the model's own size unless given.
         most_rows: of one forward pass.
         most_pixels: times rows, of one forward pass.
+        step_cache: one of so many steps of FLUX goes through its blocks; 1 for all.
         fp8: the UNet's or transformer's matrix products are done in 8 bits.
         settled: weights lie on the device, in full, and stay; others may not be touched.
         quantization: of the UNet's or transformer's weights, as in the settings.
@@ -59,6 +60,7 @@ class Optimization:
     sizes: tuple[tuple[int, int], ...] = ()
     most_rows: int = 16
     most_pixels: int = 16_777_216
+    step_cache: int = 1
     fp8: bool = False
     settled: bool = True
     quantization: str = "none"
@@ -140,6 +142,10 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
                 f"--optimize {level} does not go with --quantization {placement.quantization}; take --optimize safe, "
                 "or on a GPU that has them --optimize max for 8-bit matrix products without --quantization."
             )
+    if settings.step_cache > 1 and placement.offload is not None:
+        raise ModelLoadFailed(
+            f"--step_cache needs all weights on the device; leave it or --device {placement.offload} out."
+        )
     fp8 = level == "max" and _has_fp8(placement)
     if fp8 and settings.lora:
         logger.warning("--optimize max: adapters need weights in full, so matrix products are not done in 8 bits")
@@ -149,6 +155,7 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         settings.warm_pictures,
         most_rows=settings.max_batch_size,
         most_pixels=settings.max_batch_pixels,
+        step_cache=settings.step_cache,
         fp8=fp8,
         settled=placement.offload is None and placement.quantization == "none",
         quantization=placement.quantization,

@@ -60,6 +60,8 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     say("checking files")
     with timeline.phase("read"):
         base, rest, refiner = _find(settings, say)
+    if settings.step_cache > 1 and base.kind is not Kind.FLUX:
+        raise ModelLoadFailed("--step_cache is for FLUX alone; leave it out for Stable Diffusion XL.")
     if not settings.use_refiner and (settings.refiner_id or settings.refiner_single_file_model):
         logger.warning("a refiner is named but not loaded; --use_refiner loads it")
 

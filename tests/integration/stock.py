@@ -16,15 +16,20 @@ from app.images import decode_images
 
 def ours(family: Family[Any], **parameters: Any) -> np.ndarray:
     """One request alone, through all four stages: uint8 ``[h, w, 3]``."""
-    for name in ("image", "mask_image"):
-        if isinstance(parameters.get(name), Image.Image):
-            (parameters[name],) = decode_images([(name, png(parameters[name]))], 10**7)
-    request = family.resolve(GenerateRequest(**parameters))
+    request = resolved(family, **parameters)
     job = family.begin(request, family.encode(request))
     while not job.done:
         family.step([job])
     picture: np.ndarray = family.decode([job])[0]
     return picture
+
+
+def resolved(family: Family[Any], **parameters: Any) -> GenerateRequest:
+    """A request with Pillow's images."""
+    for name in ("image", "mask_image"):
+        if isinstance(parameters.get(name), Image.Image):
+            (parameters[name],) = decode_images([(name, png(parameters[name]))], 10**7)
+    return family.resolve(GenerateRequest(**parameters))
 
 
 def theirs(pipeline: Any, seed: int | torch.Generator, **parameters: Any) -> np.ndarray:

@@ -26,12 +26,12 @@ from app.engine.merged_adapters import MergedAdapters
 from app.engine.optimization import OFF, Optimization, choose_optimization
 from app.engine.placement import Placement
 from app.engine.sdxl import SdxlFamily
-from app.engine.weights import DEMO_WEIGHTS
-from app.errors import InvalidRequest, ModelLoadFailed
+from app.engine.weights import DEMO_WEIGHTS, load_family
+from app.errors import InvalidRequest, ModelLoadFailed, OutOfMemory
 from app.generation import GenerateRequest
 from app.parameters import check_combinations
 from app.settings import Settings
-from tests.integration.stock import mask, ours, picture
+from tests.integration.stock import mask, ours, picture, resolved
 from tests.small_models import load_demo, make_refiner
 from tests.tiny_flux import make_flux
 
@@ -99,11 +99,14 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def together(family: Family[Any], requests: list[dict[str, Any]]) -> np.ndarray:
-    """All in the same forward passes: uint8 ``[n, h, w, 3]``."""
-    resolved = [family.resolve(GenerateRequest(**request)) for request in requests]
-    jobs = [family.begin(request, family.encode(request)) for request in resolved]
-    while not all(job.done for job in jobs):
-        family.step([job for job in jobs if not job.done])
+    """All in the same forward passes, as far as they may be: uint8 ``[n, h, w, 3]``."""
+    jobs = []
+    for each in requests:
+        request = resolved(family, **each)
+        jobs.append(family.begin(request, family.encode(request)))
+    while waiting := [job for job in jobs if not job.done]:
+        turn = family.signature(waiting[0])
+        family.step([job for job in waiting if family.signature(job) == turn])
     return family.decode(jobs)
 
 
@@ -274,6 +277,76 @@ def test_guidance_ends_early_in_company_too() -> None:
         assert distance(found, ours(family, **asked)) <= 2
 
 
+def flux_demo(**options: Any) -> FluxFamily:
+    return FluxFamily(
+        FluxPipeline.from_pretrained(DEMO_WEIGHTS / "flux", dtype=torch.float32), optimization=Optimization(**options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "whole", "least"), [(2, 12, 8, 40.0), (2, 20, 13, 45.0), (3, 20, 10, 36.0), (4, 28, 13, 34.0)]
+)
+def test_steps_without_blocks_change_pictures_a_little_and_are_named(
+    every: int, steps: int, whole: int, least: float
+) -> None:
+    off, family = flux_demo(), flux_demo(step_cache=every)
+    passes = []
+    family._transformer.transformer_blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    asked: dict[str, Any] = {"prompt": "a small blue star on a yellow background", "num_inference_steps": steps}
+    found, expected = ours(family, **asked, seed=5), ours(off, **asked, seed=5)
+    assert len(passes) == whole
+    assert least <= psnr(found, expected) < 80
+    assert family.lossy(family.resolve(GenerateRequest(**asked))) == (f"step_cache {every}",)
+    assert off.lossy(off.resolve(GenerateRequest(**asked))) == ()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_short_runs_leave_no_step_out(steps: int) -> None:
+    off, family = flux_demo(), flux_demo(step_cache=4)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": steps, "seed": 5}
+    assert np.array_equal(ours(family, **asked), ours(off, **asked))
+    assert family.lossy(family.resolve(GenerateRequest(**asked))) == ()
+
+
+def test_steps_without_blocks_do_not_depend_on_company() -> None:
+    torch.manual_seed(0)
+    pipeline = make_flux(guidance_embeds=True, use_dynamic_shifting=True)
+    family = FluxFamily(pipeline, optimization=Optimization(step_cache=3))
+    many: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "num_inference_steps": 8, "seed": 1},
+        {"prompt": "blue", "num_inference_steps": 13, "seed": 2, "guidance_scale": 1.5},
+        {"prompt": PROMPT, "num_inference_steps": 4, "seed": 3},
+        {"prompt": PROMPT, "num_inference_steps": 9, "seed": 4, "true_cfg_scale": 2.0, "negative_prompt": "blue"},
+        {"prompt": PROMPT, "num_inference_steps": 8, "seed": 5, "scheduler": "Heun"},
+        {"prompt": PROMPT, "num_inference_steps": 12, "seed": 6, "image": picture(), "strength": 0.7},
+        {"prompt": PROMPT, "num_inference_steps": 10, "seed": 7, "image": picture(), "mask_image": mask()},
+    ]
+    many = [{"height": 128, "width": 128, **asked} for asked in many]
+    for found, asked in zip(together(family, many), many, strict=True):
+        assert distance(found, ours(family, **asked)) <= 2
+
+
+def test_a_step_that_is_tried_again_remembers_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = flux_demo(step_cache=2)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 9, "seed": 5}
+    request = family.resolve(GenerateRequest(**asked))
+    job, failures = family.begin(request, family.encode(request)), 0
+    advance = FluxFamily._advance
+    while not job.done:
+        with monkeypatch.context() as patch, pytest.raises(OutOfMemory):
+            patch.setattr(FluxFamily, "_advance", staticmethod(full))
+            family.step([job])
+        failures += 1
+        assert FluxFamily._advance is advance
+        family.step([job])
+    assert failures == 9
+    assert np.array_equal(family.decode([job])[0], ours(family, **asked))
+
+
+def full(*_: Any) -> None:
+    raise OutOfMemory("There is no room.")
+
+
 # --- Settings --------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +355,7 @@ def test_guidance_ends_early_in_company_too() -> None:
     [
         ({"optimize": "compile"}, "enable_model_cpu_offload", "needs all weights on the device"),
         ({"optimize": "max", "quantization": "fp8"}, None, "does not go with --quantization fp8"),
+        ({"step_cache": 2}, "enable_sequential_cpu_offload", "needs all weights on the device"),
     ],
 )
 def test_levels_that_contradict_other_settings_are_told(
@@ -291,6 +365,11 @@ def test_levels_that_contradict_other_settings_are_told(
     placement = Placement(torch.device("cpu"), torch.float32, offload, settings.quantization)
     with pytest.raises(ModelLoadFailed, match=complaint):
         choose_optimization(settings, placement)
+
+
+def test_leaving_blocks_out_is_for_flux() -> None:
+    with pytest.raises(ModelLoadFailed, match="step_cache is for FLUX alone"):
+        load_family(Settings(model_id="demo", step_cache=2))
 
 
 def test_what_auto_means() -> None:
