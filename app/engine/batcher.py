@@ -20,6 +20,7 @@ from app.engine.family import Family
 from app.engine.faults import LOST
 from app.engine.finishing import Encoders
 from app.engine.idempotency import Once
+from app.engine.memory import TRIM_EVERY, trim
 from app.engine.queue import Queue, RequestStatus
 from app.engine.ticket import Listener, Ticket
 from app.engine.worker import Worker
@@ -226,8 +227,12 @@ class Batcher:
     # --- The timekeeper's thread -------------------------------------------------------------------------------
 
     def _keep_time(self) -> None:
+        trimmed = self._clock()
         while not self._stopped.wait(self._tick):
             self.look()
+            if self._clock() - trimmed >= TRIM_EVERY:
+                trim()
+                trimmed = self._clock()
 
     def look(self) -> None:
         """End what is late, and everything once a device hangs: then even a deadline would wait for it."""

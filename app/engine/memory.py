@@ -1,13 +1,27 @@
-"""How much one pass may hold, learned from the passes that did not fit. Knows no device."""
+"""How much one pass may hold, learned from the passes that did not fit, and memory that nobody uses. Knows no device."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 from app.engine.ticket import Image
 
 CAREFUL_PASSES = 100
 """Passes that must fit before more is tried again: memory may have been short for a reason that has gone."""
+TRIM_EVERY = 60.0
+"""Seconds after which the system gets back what is free; it takes some milliseconds."""
+
+
+def trim() -> None:
+    """Give the system the pages that are free in the middle of the heap.
+
+    Pictures of many sizes leave holes that the next ones do not fit into; with the GNU C library only what is free at
+    the heap's end goes back by itself, so a server under a mixed load would grow for hours. Others do without.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))
 
 
 @dataclass(slots=True)
