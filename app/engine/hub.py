@@ -251,6 +251,8 @@ def _explain(name: str, token: str | None, error: Exception, hub: str) -> str:
         if isinstance(each, errors.HfHubHTTPError):
             return _explain_status(name, token, each, hub)
     if isinstance(error, errors.LocalEntryNotFoundError):
+        if constants.is_offline_mode():
+            return f"{name} is not in the cache, or not all of it, and HF_HUB_OFFLINE forbids to ask the hub; set HF_HUB_OFFLINE=0 to download it, or name a folder with --model_id."
         return (
             f"{name} is not in the cache, or not all of it, and the hub at {hub} cannot be reached; check the network, "
             "or name a folder with --model_id."

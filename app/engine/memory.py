@@ -1,4 +1,4 @@
-"""How much one pass may hold, learned from the passes that did not fit, and memory that nobody uses. Knows no device."""
+"""How much one pass may hold, learned from the passes that did not fit; and what nobody holds. Knows no device."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from app.telemetry import Telemetry
 
 JOIN_AT_ONCE = 8
 """Images that join between two steps while others are being denoised, who should not wait for long."""
+WARM_STEPS = 2
+"""With a refiner, one for each part."""
 SLOW_FIRST_STEP = 5.0
 """Seconds of a first step after which nobody wants to wait for a second one that only measures."""
 
@@ -94,7 +96,7 @@ class Worker:
                 self._paint_once()
 
     def _paint_once(self) -> None:
-        request = self.family.resolve(GenerateRequest(prompt="", seed=0, num_inference_steps=1))
+        request = self.family.resolve(GenerateRequest(prompt="", seed=0, num_inference_steps=WARM_STEPS))
         image = Image(Ticket([request], 0.0, 0.0, self._queue), request, 0)
         for _ in range(2):
             job = self.family.begin(request, self.family.encode(request))

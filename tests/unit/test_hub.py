@@ -181,7 +181,7 @@ def test_offline_mode_asks_nobody(serve: Any, tmp_path: Path, monkeypatch: pytes
     before = len(hub.requests)
     assert fetch(hub, tmp_path) == folder
     assert len(hub.requests) == before
-    assert "is not in the cache, or not all of it" in complaint(hub, tmp_path / "empty")
+    assert "is not in the cache, or not all of it, and HF_HUB_OFFLINE forbids" in complaint(hub, tmp_path / "empty")
 
 
 def test_an_unfinished_download_is_not_taken_for_a_whole_one(
@@ -193,7 +193,7 @@ def test_an_unfinished_download_is_not_taken_for_a_whole_one(
     (folder / UNET).resolve().unlink()
     (folder / UNET).unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "is not in the cache, or not all of it" in complaint(hub, tmp_path / "cache")
+    assert "is not in the cache, or not all of it, and HF_HUB_OFFLINE forbids" in complaint(hub, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert (fetch(hub, tmp_path / "cache") / UNET).exists()
 
