@@ -251,12 +251,10 @@ def _explain(name: str, token: str | None, error: Exception, hub: str) -> str:
         if isinstance(each, errors.HfHubHTTPError):
             return _explain_status(name, token, each, hub)
     if isinstance(error, errors.LocalEntryNotFoundError):
+        why, remedy = f"the hub at {hub} cannot be reached", "check the network"
         if constants.is_offline_mode():
-            return f"{name} is not in the cache, or not all of it, and HF_HUB_OFFLINE forbids to ask the hub; set HF_HUB_OFFLINE=0 to download it, or name a folder with --model_id."
-        return (
-            f"{name} is not in the cache, or not all of it, and the hub at {hub} cannot be reached; check the network, "
-            "or name a folder with --model_id."
-        )
+            why, remedy = "HF_HUB_OFFLINE forbids to ask the hub", "set HF_HUB_OFFLINE=0"
+        return f"{name} is not in the cache, or not all of it, and {why}; {remedy}, or name a folder with --model_id."
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         return f"There is too little disk space for {name} in {constants.HF_HUB_CACHE}; free some, or set HF_HOME."
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

@@ -1,7 +1,7 @@
 """Full-size models of random weights through the engine, on a GPU: seconds of each stage, and the peak of memory.
 
-Nothing is downloaded. ``pytest -m gpu --numprocesses 0 -s tests/gpu`` prints the figures. Where there is no GPU, the same code runs on
-the demo's small configurations, and the full-size ones are made without weights.
+Nothing is downloaded. ``pytest -m gpu --numprocesses 0 -s tests/gpu`` prints the figures. Where there is no GPU, the
+same code runs on the demo's small configurations, and the full-size ones are made without weights.
 """
 
 from __future__ import annotations
