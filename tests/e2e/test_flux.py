@@ -46,3 +46,22 @@ def test_what_is_sdxls_alone_is_refused(flux: Any) -> None:
     answer = paint(flux, "a red circle", guidance_rescale=0.5)
     assert answer.status_code == 400
     assert "guidance_rescale" in answer.json()["error"]
+
+
+def test_a_client_of_the_old_runtime_is_answered_as_ever(flux: Any) -> None:
+    old = {
+        "prompt": "a red circle on a white background",
+        "guidance_scale": 8.0,
+        "num_inference_steps": 8,
+        "crops_coords_top_left": [256, 0],
+        "width": 128,
+        "height": 128,
+        "denoising_limit": 0.8,
+    }
+    answer = httpx.post(f"{flux.url}/v1/models/flux:predict", json={"instances": [old, old]}, timeout=300)
+    assert answer.status_code == 200, answer.text
+    for prediction in answer.json()["predictions"]:
+        assert list(prediction) == ["model_name", "prompt", "image"]
+        picture = Image.open(io.BytesIO(base64.b64decode(prediction["image"]["b64"])))
+        assert picture.size == (128, 128)
+    assert "denoising_limit, crops_coords_top_left have no effect on FLUX" in flux.log()
