@@ -68,7 +68,7 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     say("importing torch")
     sources = [source for source in (base, rest, refiner) if source is not None]
     with importing("torch"):
-        _import_libraries(sources)
+        _import_libraries(sources, compiles=settings.optimize in ("compile", "max"))
 
     from app.engine.loading import Format, Progress
     from app.engine.optimization import choose_optimization
@@ -92,7 +92,7 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     return _make_family(settings, placement, optimization, base, components, refiner, others, say, timeline)
 
 
-def _import_libraries(sources: Iterable[Source]) -> None:
+def _import_libraries(sources: Iterable[Source], compiles: bool) -> None:
     """Whatever loading and painting take of the large libraries, at once: they import when one looks at their names."""
     # Read once, when diffusers is imported: the files that a model is spread over are read side by side.
     os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
@@ -101,6 +101,8 @@ def _import_libraries(sources: Iterable[Source]) -> None:
     from app.engine import adapters, placement  # noqa: F401
     from app.engine.loading import component_class
 
+    if compiles:
+        from app.engine import compiled  # noqa: F401
     for source in sources:
         if source.kind is Kind.FLUX:
             from app.engine import flux  # noqa: F401
