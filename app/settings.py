@@ -369,7 +369,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sdxl-runtime",
-        description="Serve Stable Diffusion XL over the Open Inference Protocol v2.",
+        description="Serve Stable Diffusion XL and FLUX over the Open Inference Protocol v2.",
         epilog="Each flag is also an environment variable in capitals and a key of the .env file; hyphens may stand "
         "for underscores. 'sdxl-runtime health' asks a running server how it is.",
         allow_abbrev=False,
