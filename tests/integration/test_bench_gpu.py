@@ -51,12 +51,15 @@ def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
 
 
 def test_every_row_has_figures_that_can_be(results: dict[str, Any]) -> None:
+    rates = {level: each["rate_tflops"] for each in results["runs"] for level in each["levels"]}
     for row in results["rows"]:
         assert "unavailable" not in row and row["unexpected_shapes"] == 0, row
         numbers = [*(row[name] for name in FIGURES), *row["stages"].values()]
         assert all(math.isfinite(number) and number > 0 for number in numbers), row
         assert row["fastest"] <= row["seconds"] <= row["slowest"]
-        assert row["floor"] < row["seconds"] <= row["latency"]
+        # Not that it took longer than the floor: a busy machine's rate may be measured in a bad moment.
+        assert row["floor"] == pytest.approx(row["tflop"] / rates[row["level"]])
+        assert row["seconds"] <= row["latency"]
         assert row["rows"] == row["images"] * (2 if row["model"].startswith("sdxl") else 1)
         assert row["stages"]["encode"] + row["stages"]["step"] + row["stages"]["decode"] < row["seconds"]
 
