@@ -211,6 +211,7 @@ OPTIONS = ("binary_data_output", "timeout", "priority", "preview", "preview_ever
 def _take_parameters(message: InferenceRequest, values: dict[str, list[object]]) -> dict[str, Scalar]:
     """Move scalars given as request parameters into `values`; what is left steers the answer."""
     options: dict[str, Scalar] = {}
+    moved: set[str] = set()
     for name, value in (message.parameters or {}).items():
         if name in OPTIONS:
             options[name] = value
@@ -220,10 +221,12 @@ def _take_parameters(message: InferenceRequest, values: dict[str, list[object]])
             known = [*PARAMETERS, *OPTIONS]
             raise InvalidRequest(f"There is no parameter {describe(name)}{nearest(name, known)}.")
         if parameter.name in values:
-            raise InvalidRequest(f"{parameter.name} is given twice, as an input and as a parameter.")
+            ways = "under two names" if parameter.name in moved else "as an input and as a parameter"
+            raise InvalidRequest(f"{parameter.name} is given twice, {ways}.")
         if parameter.kind in _TENSORS_ONLY:
             raise InvalidRequest(f"{parameter.name} {_TENSORS_ONLY[parameter.kind]}.")
         values[parameter.name] = [parse_parameter(parameter.name, check_text(parameter.name, value))]
+        moved.add(parameter.name)
     return options
 
 
@@ -241,7 +244,8 @@ def _requests(values: Mapping[str, list[object]]) -> tuple[GenerateRequest, ...]
     for name, column in values.items():
         if len(column) not in (1, count):
             hint = " Several adapters for one prompt go into one text, with commas." if name == "loras" else ""
-            raise InvalidRequest(f"{name} has {len(column)} values; it needs 1, or {count} as prompt has.{hint}")
+            needed = f"1, or {count} as prompt has" if count > 1 else "1, as prompt has"
+            raise InvalidRequest(f"{name} has {len(column)} values; it needs {needed}.{hint}")
     if len(set(values.get("output_format", ()))) > 1:
         raise InvalidRequest("output_format must be the same for all prompts of a request.")
     rows = [{name: column[i if len(column) == count else 0] for name, column in values.items()} for i in range(count)]

@@ -5,6 +5,7 @@ Knows no protocol's messages.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Collection
@@ -29,6 +30,8 @@ def parse_json(raw: bytes) -> Any:
     """
     if raw.count(b",") > MAX_COMMAS:
         raise InvalidRequest("The JSON has too many values; send large tensors as binary data.")
+    if raw.startswith(codecs.BOM_UTF8):
+        raise InvalidRequest("The body begins with a byte order mark, which JSON has none of; leave it out.")
     try:
         text = raw.decode("utf-8")
         document = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_names)
@@ -73,17 +76,22 @@ def describe_validation(error: ValidationError, known: Collection[str]) -> str:
         known: names of fields that there are, one of which may have been meant.
     """
     detail = error.errors(include_url=False)[0]
-    place = ""
+    place, name, expected = "", "", ""
     for part in detail["loc"]:
-        # Pydantic appends the tried type of a union, which says nothing to a caller.
+        # Pydantic appends the type of a union that it tried first, and complains of nothing else.
         if isinstance(part, str) and part in ("bool", "int", "float", "str"):
+            expected = "one number, one text, true or false"
             break
+        name = str(part)
         place += f"[{part}]" if isinstance(part, int) else f"{'.' if place else ''}{shorten(part)}"
     if detail["type"] == "extra_forbidden":
-        return f"{place} is not a field of the protocol{nearest(str(detail['loc'][-1]), known)}."
+        # A field of another object is not what was meant.
+        return f"{place} is not a field of the protocol{nearest(name, [field for field in known if field != name])}."
     if detail["type"] == "missing":
         return f"{place} is missing."
-    expected = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if detail["type"] == "string_too_long":
+        return f"{place} must have at most {detail['ctx']['max_length']} characters."
     if detail["type"] == "model_type":
         expected = "an object"
+    expected = expected or detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{place} must be {expected}, not {describe(detail['input'])}."

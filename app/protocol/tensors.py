@@ -102,7 +102,7 @@ def _flatten(data: list[object], shape: Sequence[int]) -> list[object]:
 def _check_texts(values: list[Any]) -> list[Value]:
     if not set(map(type, values)) <= {str}:
         other = next(value for value in values if not isinstance(value, str))
-        raise InvalidRequest(f"elements of BYTES data must be text, not {type(other).__name__}.")
+        raise InvalidRequest(f"elements of BYTES data must be text, not {describe(other)}.")
     return values
 
 
@@ -115,7 +115,7 @@ def _check_numbers(values: list[Any], datatype: str) -> list[Value]:
         return values
     if not types <= {int, float}:
         other = next(value for value in values if type(value) not in (int, float))
-        raise InvalidRequest(f"elements of {datatype} data must be numbers, not {type(other).__name__}.")
+        raise InvalidRequest(f"elements of {datatype} data must be numbers, not {describe(other)}.")
     if kind != "f" and float in types:
         # Some clients write every number with a fraction; JSON knows no difference between 7 and 7.0.
         other = next((value for value in values if isinstance(value, float) and not value.is_integer()), None)

@@ -376,7 +376,7 @@ class TestInputs:
                     message(prompt(["a", "b"], shape=[2, 1])),
                     "the nesting of data does not",
                 ),
-                ("nested late", message(prompt("a", ["b"])), "elements of BYTES data must be text, not list."),
+                ("nested late", message(prompt("a", ["b"])), "elements of BYTES data must be text, not ['b']."),
             ]
         ),
     )
@@ -416,8 +416,8 @@ class TestInputs:
                     message(prompt(), tensor("guidance_scale", 5.0, datatype="BF16")),
                     "BF16 has no JSON form",
                 ),
-                ("number in text", message(prompt(7)), "elements of BYTES data must be text, not int."),
-                ("null in text", message(prompt(None)), "elements of BYTES data must be text, not NoneType."),
+                ("number in text", message(prompt(7)), "elements of BYTES data must be text, not 7."),
+                ("null in text", message(prompt(None)), "elements of BYTES data must be text, not None."),
                 ("text in numbers", message(prompt(), tensor("clip_skip", "1")), "must be numbers, not str."),
                 ("truth in numbers", message(prompt(), tensor("clip_skip", True)), "must be numbers, not bool."),
                 ("null in numbers", message(prompt(), tensor("clip_skip", None)), "must be numbers, not NoneType."),

@@ -244,7 +244,25 @@ def test_nulls_count_as_absent() -> None:
         pytest.param(b'{"inputs": [], "id": "\\ud800"}', "surrogate", id="surrogate"),
         pytest.param(b'{"inputs": [], "id": "\xff"}', "not UTF-8", id="not-utf-8"),
         pytest.param(b'{"inputs": [{"name": "prompt"}]}', r"inputs\[0\]\.shape is missing", id="no-shape"),
-        pytest.param(b'{"inputs": [], "parameters": {"seed": null}}', r"parameters\.seed must be", id="null-parameter"),
+        pytest.param(
+            b'{"inputs": [], "parameters": {"seed": null}}',
+            "^parameters.seed must be one number, one text, true or false, not None.$",
+            id="null-parameter",
+        ),
+        pytest.param(
+            b'{"inputs": [], "parameters": {"target_size": [8, 8]}}',
+            r"^parameters.target_size must be one number, one text, true or false, not \[8, 8\].$",
+            id="list-as-parameter",
+        ),
+        pytest.param(
+            b'{"inputs": [], "id": "' + b"x" * 1025 + b'"}', "^id must have at most 1024 characters.$", id="long-id"
+        ),
+        pytest.param(
+            b'{"inputs": [], "outputs": [{"name": "image", "shape": [1]}]}',
+            r"^outputs\[0\].shape is not a field of the protocol.$",
+            id="field-of-another-object",
+        ),
+        pytest.param(b"\xef\xbb\xbf{}", "^The body begins with a byte order mark", id="byte-order-mark"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused_with_a_sentence(raw: bytes, message: str) -> None:
@@ -257,6 +275,11 @@ def test_a_body_that_is_no_request_is_refused_with_a_sentence(raw: bytes, messag
     [
         pytest.param([PROMPT, PROMPT], {}, "prompt is given twice", id="input-twice"),
         pytest.param([PROMPT], {"parameters": {"prompt": "x"}}, "as an input and as a parameter", id="both-ways"),
+        pytest.param(
+            [PROMPT], {"parameters": {"denoising_limit": 1, "high_noise_frac": 1}}, "under two names", id="two-names"
+        ),
+        pytest.param([{**PROMPT, "data": [7]}], {}, "must be text, not 7.$", id="number-as-text"),
+        pytest.param([{**PROMPT, "data": [None]}], {}, "must be text, not None.$", id="null-as-text"),
         pytest.param([{**PROMPT, "name": "promt"}], {}, "did you mean 'prompt'", id="unknown-input"),
         pytest.param([PROMPT], {"parameters": {"steps": 3}}, "no parameter 'steps'", id="unknown-parameter"),
         pytest.param([{**PROMPT, "parameters": {"x": 1}}], {}, "not a parameter of an input", id="input-parameter"),
@@ -265,7 +288,9 @@ def test_a_body_that_is_no_request_is_refused_with_a_sentence(raw: bytes, messag
         pytest.param([{**PROMPT, "datatype": "INT64", "data": [1]}], {}, "must be BYTES", id="prompt-as-number"),
         pytest.param([PROMPT, tensor("seed", "BYTES", ["1"])], {}, "number type", id="seed-as-text"),
         pytest.param([PROMPT, tensor("seed", "BOOL", [True])], {}, "number type", id="seed-as-bool"),
-        pytest.param([PROMPT, tensor("seed", "INT64", [1, 2])], {}, "it needs 1", id="two-seeds-one-prompt"),
+        pytest.param(
+            [PROMPT, tensor("seed", "INT64", [1, 2])], {}, "it needs 1, as prompt has.$", id="two-seeds-one-prompt"
+        ),
         pytest.param([PROMPT, tensor("seed", "FP32", [1.5])], {}, "whole number", id="half-seed"),
         pytest.param([PROMPT, tensor("seed", "INT64", [-1])], {}, "at least 0", id="negative-seed"),
         pytest.param([PROMPT, tensor("target_size", "INT64", [1])], {}, r"\[2\] or \[n, 2\]", id="half-pair"),
