@@ -229,15 +229,22 @@ _OUTPUT_VALUES: dict[str, Callable[[Sequence[GeneratedImage]], tuple[list[int], 
 
 
 def _response_parameters(call: InferCall, generation: Generation) -> dict[str, Scalar]:
-    """What was defaulted, and where the time went; only scalars, as the protocol wants it."""
-    request = generation.images[0].request
-    parameters: dict[str, Scalar] = {"content_type": request.output_format.media_type}
+    """What was defaulted, and where the time went; only scalars, as the protocol wants it.
+
+    A default that depends on the prompt's other parameters, such as the size conditioning on height and width, is a
+    JSON list with one value for each picture where they differ.
+    """
+    requests = [image.request for image in generation.images]
+    parameters: dict[str, Scalar] = {"content_type": requests[0].output_format.media_type}
     for field in dataclasses.fields(GenerateRequest):
-        value = getattr(request, field.name)
+        values = [getattr(request, field.name) for request in requests]
+        value = values[0]
         if field.name in call.given or field.name == "seed" or value is None or isinstance(value, Pixels | bytes):
             continue
         if field.name == "loras":
             value = write_adapters(value)
+        elif any(other != value for other in values):
+            value = json.dumps(values)
         elif isinstance(value, tuple):
             value = json.dumps(value)
         parameters[field.name] = value

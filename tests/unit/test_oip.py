@@ -592,6 +592,19 @@ def test_json_answers_hold_base64_pictures_and_say_what_was_defaulted() -> None:
     assert b"null" not in raw
 
 
+def test_a_default_that_differs_between_pictures_is_told_for_each_of_them() -> None:
+    images = tuple(
+        GeneratedImage(
+            GenerateRequest(prompt="p", height=8, width=width, target_size=(8, width)), 3, Pixels(b"", 8, 8), b""
+        )
+        for width in (8, 16, 16)
+    )
+    call = parse(PROMPT, tensor("width", "INT64", [8]))
+    raw, _ = write_infer(call, Generation(images, Timings(0, 0, 0, 0)), "sdxl", None)
+    parameters = json.loads(raw)["parameters"]
+    assert parameters["target_size"] == "[[8, 8], [8, 16], [8, 16]]" and parameters["height"] == 8
+
+
 def test_binary_answers_follow_their_json_in_the_order_of_the_outputs() -> None:
     call = parse(
         PROMPT,
