@@ -26,6 +26,8 @@ from app.sentences import nearest
 ALIASES = {"huggingface_token": "HF_TOKEN"}
 """Environment variables that are read where a setting's own is not there."""
 WARM_SIZE = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
+ADAPTER = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)")
+"""``NAME=PATH``, the path perhaps with ``:SCALE`` behind it."""
 
 
 class Settings(BaseModel):
@@ -229,13 +231,28 @@ class Settings(BaseModel):
             raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
         return self
 
+    @field_validator("model_name")
+    @classmethod
+    def _name_fits_into_a_path(cls, name: str) -> str:
+        if "/" in name:
+            raise ValueError("it must not contain '/', or no path would lead to the model")
+        return name
+
     @field_validator("warm_sizes")
     @classmethod
     def _sizes_are_read(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
         for size in sizes:
             if not WARM_SIZE.fullmatch(size):
-                raise ValueError("WIDTHxHEIGHT in pixels, such as 1024x1024, or several with commas between")
+                raise ValueError("it must be WIDTHxHEIGHT in pixels, such as 1024x1024, or several with commas between")
         return sizes
+
+    @field_validator("lora")
+    @classmethod
+    def _adapters_have_names(cls, references: tuple[str, ...]) -> tuple[str, ...]:
+        for reference in references:
+            if not ADAPTER.fullmatch(reference):
+                raise ValueError("it must be NAME=PATH or NAME=PATH:SCALE, or several with commas between")
+        return references
 
     @property
     def warm_pictures(self) -> tuple[tuple[int, int], ...]:
@@ -308,12 +325,23 @@ def load_settings(
         if typing.get_origin(Settings.model_fields[name].annotation) is Literal:
             choices = ", ".join(typing.get_args(Settings.model_fields[name].annotation))
             message = f"must be one of {choices}"
+        message = _MESSAGES.get(detail["type"], message)
         message = " or ".join([_sentence(message), *_words(Settings.model_fields[name])])
         secret = "SecretStr" in str(Settings.model_fields[name].annotation)
-        shown = "" if secret else f" is {str(detail['input'])[:80]!r}, but"
+        given = detail["input"]
+        text = ",".join(given) if isinstance(given, tuple) else str(given)
+        shown = "" if secret else f" is {text[:80]!r}, but"
         raise InvalidSettings(
             f"{sources.get(name, name)}{shown} {message} ({Settings.model_fields[name].description})"
         ) from None
+
+
+_MESSAGES = {
+    "string_too_short": "it must not be empty",
+    "string_pattern_mismatch": "it must be one of those named here",
+    "bool_parsing": "it must be true or false",
+}
+"""What to say instead of pydantic's words."""
 
 
 def _words(field: FieldInfo) -> list[str]:
@@ -323,7 +351,6 @@ def _words(field: FieldInfo) -> list[str]:
 
 
 def _sentence(message: str) -> str:
-    message = message.replace("Input should be a valid boolean", "must be true or false")
     return message.replace("Input should", "it must").split(", unable to parse")[0]
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from app.errors import InvalidRequest, ModelLoadFailed
 from app.sentences import describe, nearest
+from app.settings import ADAPTER
 
 logger = logging.getLogger(__name__)
 
 Loras = tuple[tuple[str, float], ...]
 """Names and scales, as `GenerateRequest.loras` has them."""
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 class Adapters:
@@ -114,9 +114,10 @@ def parse_reference(reference: str) -> tuple[str, Path, float]:
     Raises:
         ModelLoadFailed: it is something else.
     """
-    name, equals, rest = reference.partition("=")
-    if not equals or not rest or not NAME.fullmatch(name):
+    parts = ADAPTER.fullmatch(reference)
+    if parts is None:
         raise ModelLoadFailed(f"--lora is {describe(reference)}, but it must be NAME=PATH or NAME=PATH:SCALE.")
+    name, rest = parts.groups()
     path, colon, scale = rest.rpartition(":")
     if not colon or not re.fullmatch(r"-?\d+(\.\d*)?|-?\.\d+", scale):
         return name, Path(rest), 1.0
