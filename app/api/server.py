@@ -13,8 +13,12 @@ from socket import socket
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.api import edge
+from app.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +93,8 @@ class Server(uvicorn.Server):
 class Connection(H11Protocol):
     """uvicorn's connection, closed when a request's headers do not arrive in time.
 
-    uvicorn itself waits forever for the rest of a line. This parser, unlike httptools, bounds the headers' size.
+    uvicorn itself waits forever for the rest of a line. This parser, unlike httptools, bounds the headers' size. What
+    is no HTTP gets an error with the same body as all others.
 
     Args:
         header_timeout: seconds from connecting, or from a request's first byte, to the end of its headers.
@@ -112,6 +117,17 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        del msg
+        # Nonsense may also follow a request that is answered already.
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = edge.error_response(InvalidRequest("This is no HTTP request that can be understood."))
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            start = h11.Response(status_code=response.status_code, headers=headers, reason=b"Bad Request")
+            for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:

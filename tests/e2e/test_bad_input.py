@@ -160,7 +160,7 @@ class TestWhatIsNoJson:
                 ("single quotes", b"{'inputs': []}", "The body is not JSON"),
                 ("a trailing comma", b'{"inputs": [],}', "The body is not JSON"),
                 ("a line break in a string", around('"a\nb"'), "The body is not JSON"),
-                ("a byte order mark", b"\xef\xbb\xbf{}", "The body is not JSON"),
+                ("a byte order mark", b"\xef\xbb\xbf{}", "The body begins with a byte order mark"),
                 ("a list", b"[]", "must be a JSON object"),
                 ("a number", b"7", "must be a JSON object"),
                 ("a string", b'"prompt"', "must be a JSON object"),
@@ -418,9 +418,9 @@ class TestInputs:
                 ),
                 ("number in text", message(prompt(7)), "elements of BYTES data must be text, not 7."),
                 ("null in text", message(prompt(None)), "elements of BYTES data must be text, not None."),
-                ("text in numbers", message(prompt(), tensor("clip_skip", "1")), "must be numbers, not str."),
-                ("truth in numbers", message(prompt(), tensor("clip_skip", True)), "must be numbers, not bool."),
-                ("null in numbers", message(prompt(), tensor("clip_skip", None)), "must be numbers, not NoneType."),
+                ("text in numbers", message(prompt(), tensor("clip_skip", "1")), "must be numbers, not '1'."),
+                ("truth in numbers", message(prompt(), tensor("clip_skip", True)), "must be numbers, not True."),
+                ("null in numbers", message(prompt(), tensor("clip_skip", None)), "must be numbers, not None."),
                 ("a fraction in integers", message(prompt(), tensor("clip_skip", 1.5)), "whole numbers, not 1.5."),
                 (
                     "infinity in integers",
@@ -1120,6 +1120,24 @@ class TestClientsThatLeave:
                 assert not connection.recv(65536).startswith(b"HTTP/1.1 5")
             except (TimeoutError, ConnectionError):
                 pass
+
+    @pytest.mark.parametrize("content", [b"GARBAGE\r\n\r\n", b"GET /v2 HTTP/1.1\r\n\r\n"], ids=["garbage", "no-host"])
+    def test_of_no_http_are_told_so_as_everybody_is(self, server: Server, content: bytes) -> None:
+        with connect(server) as connection:
+            connection.sendall(content)
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head and b"onnection: close" in head
+        assert json.loads(body) == {"error": "This is no HTTP request that can be understood."}
+
+    def test_after_their_answer_is_out_end_without_a_trace(self, server: Server) -> None:
+        with connect(server) as connection:
+            connection.sendall(b"POST /v2/models/no/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            answer = connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 404 ")
+            connection.sendall(b"no length of a chunk\r\n")
+            answer += b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.count(b"HTTP/1.1") == 1
 
     @pytest.mark.parametrize("part", [b"x" * 1_000_000, b"X-Many: x\r\n" * 100_000], ids=["one", "many"])
     def test_or_never_end_their_headers_are_cut_off_before_memory_fills(self, server: Server, part: bytes) -> None:
