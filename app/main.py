@@ -227,10 +227,10 @@ def _listen(settings: Settings) -> socket.socket:
             backlog=2048,
         )
     except OSError as error:
+        # What Python says also repeats the address.
+        reason = str(error.strerror).split(" (while")[0]
         where = f"{settings.host} port {settings.http_port}"
-        raise InvalidSettings(
-            f"Cannot listen on {where} ({os.strerror(error.errno or 0)}); choose another --http_port."
-        ) from None
+        raise InvalidSettings(f"Cannot listen on {where} ({reason}); choose another --http_port or --host.") from None
 
 
 def _make_server(settings: Settings) -> tuple[uvicorn.Server, list[BaseException]]:
