@@ -60,8 +60,9 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        deadline = time.monotonic() + self._grace_period
         patience = max(self._grace_period - LAST_SECONDS, self._grace_period / 2)
+        # Half of what is left then is for answers to go out, and half for the end.
+        deadline = time.monotonic() + (patience + self._grace_period) / 2
         logger.info("shutting down: accepted requests have %.1f seconds", patience)
         stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, patience))
         while not stopping.done():

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from app.api import server
 from app.api.server import Connection, Server
 from app.engine.family import Family
 from app.main import create_app
@@ -163,6 +164,21 @@ def test_nothing_to_finish_is_an_end_at_once_whatever_connections_are_open() -> 
             each.signal()
             assert each.ended()
             assert silent.recv(1) == half.recv(1) == b""
+
+
+def test_the_end_lies_within_the_grace_period_whatever_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LAST_SECONDS", 4.0)
+    with (
+        running(Instant, grace_period=5.0, body_timeout=3600.0) as each,
+        socket.create_connection(("127.0.0.1", each.port), timeout=WAIT) as stalled,
+    ):
+        stalled.sendall(
+            f"POST {INFER} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n".encode()
+        )
+        assert stalled.recv(1000).startswith(b"HTTP/1.1 100")
+        each.signal()
+        each.thread.join(5.0)
+        assert not each.thread.is_alive()
 
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["at the end of the grace period", "at a second signal"])
