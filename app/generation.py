@@ -139,7 +139,7 @@ class GenerateRequest:
     strength: float | None = field(
         default=None,
         metadata=_parameter(
-            Kind.NUMBER, "How far to go from the image: 0 keeps it, 1 ignores it.", minimum=0, maximum=1
+            Kind.NUMBER, "How far to go from the image: near 0 keeps it, 1 ignores it.", minimum=0, maximum=1
         ),
     )
     seed: int | None = field(

@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--image", metavar="FILE", help="picture to start from: PNG, JPEG or WebP")
     add("--mask", metavar="FILE", help="where to paint it again (white) and where to keep it (black)")
-    add("--strength", type=float, metavar="X", help="how far to go from the image: 0 keeps it, 1 ignores it")
+    add("--strength", type=float, metavar="X", help="how far to go from the image: near 0 keeps it, 1 ignores it")
 
     group = parser.add_argument_group("how the server is asked")
     add = group.add_argument
