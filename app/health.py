@@ -32,7 +32,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--url", help="address of the server (default: http://127.0.0.1:PORT)")
     options = parser.parse_args(arguments)
     asked = "live" if options.live else "ready"
-    well, sentence = ask(options.url or local_url(options.http_port, os.environ, Path(".env")), asked)
+    env_file = Path(".env")
+    try:
+        url = options.url or local_url(options.http_port, os.environ, env_file)
+    except (OSError, UnicodeDecodeError) as error:
+        well, sentence = False, f"{env_file} cannot be read: {error}."
+    else:
+        well, sentence = ask(url, asked)
     print(sentence, file=sys.stdout if well else sys.stderr)
     return 0 if well else 1
 
@@ -64,18 +70,22 @@ def _setting(name: str, environment: Mapping[str, str], env_file: Path) -> str |
 
 def ask(url: str, asked: str) -> tuple[bool, str]:
     """Whether the server is ``live`` or ``ready``, and a sentence about it."""
-    parts = urllib.parse.urlsplit(url)
     kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-    if parts.scheme not in kinds or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        kind, host, port = kinds[parts.scheme], parts.hostname, parts.port
+    except (KeyError, ValueError):
+        host = None
+    if not host:
         return False, f"{url} is no address such as http://127.0.0.1:8080."
     try:
         # Not by urllib, which would ask a proxy where the environment names one.
-        connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=SECONDS)
+        connection = kind(host, port, timeout=SECONDS)
         connection.request("GET", f"{parts.path.rstrip('/')}/v2/health/{asked}", headers={"Connection": "close"})
         answer = connection.getresponse()
         content = answer.read(100_000)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         return False, f"The server at {url} does not answer ({reason or type(error).__name__})."
     if answer.status == http.HTTPStatus.OK:
         return True, f"The server at {url} is {asked}."

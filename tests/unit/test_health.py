@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.health import ask, local_url
+from app.health import ask, local_url, main
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_it_asks_where_the_server_listens(
     assert local_url(port, environment, tmp_path / ".env") == url
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8080", "file:///etc/passwd", "http://", "http://127.0.0.1:99999"])
+@pytest.mark.parametrize("url", ["", "localhost:8080", "file:///etc/passwd", "http://", "http://127.0.0.1:99999", "http://[::1"])
 def test_what_is_no_address_is_told_so(url: str) -> None:
     well, sentence = ask(url, "ready")
     assert not well and url in sentence and sentence.endswith(".")
@@ -40,3 +40,18 @@ def test_nobody_there_is_told_so() -> None:
         False,
         "The server at http://127.0.0.1:1 does not answer (Connection refused).",
     )
+
+
+def test_a_host_that_is_not_known_is_told_so() -> None:
+    well, sentence = ask("http://no.invalid:1", "live")
+    assert not well and "name" in sentence.lower() and "Unknown error" not in sentence
+
+
+def test_an_env_file_that_is_no_text_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".env").write_text("HTTP_PORT=1", encoding="utf-16")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HTTP_PORT", raising=False)
+    assert main([]) == 1
+    assert capsys.readouterr().err.startswith(".env cannot be read: ")
