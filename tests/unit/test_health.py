@@ -29,7 +29,9 @@ def test_it_asks_where_the_server_listens(
     assert local_url(port, environment, tmp_path / ".env") == url
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8080", "file:///etc/passwd", "http://", "http://127.0.0.1:99999", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8080", "file:///etc/passwd", "http://", "http://127.0.0.1:99999", "http://[::1"]
+)
 def test_what_is_no_address_is_told_so(url: str) -> None:
     well, sentence = ask(url, "ready")
     assert not well and url in sentence and sentence.endswith(".")
