@@ -211,11 +211,7 @@ class Client:
                 except httpx.HTTPError as error:
                     call = conversation.throw(self._endpoint.unreachable(error, call))
                 else:
-                    call = (
-                        conversation.send(response)
-                        if response is not None
-                        else conversation.throw(self._endpoint.broken())
-                    )
+                    call = conversation.send(response)
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -306,11 +302,7 @@ class AsyncClient:
                 except httpx.HTTPError as error:
                     call = conversation.throw(self._endpoint.unreachable(error, call))
                 else:
-                    call = (
-                        conversation.send(response)
-                        if response is not None
-                        else conversation.throw(self._endpoint.broken())
-                    )
+                    call = conversation.send(response)
         except StopIteration as stop:
             result: T = stop.value
             return result

@@ -60,13 +60,17 @@ class StreamReader:
         if name == "done":
             self._response = httpx.Response(200, content=data.encode(), headers={"Content-Type": "application/json"})
             return
+        steps: tuple[int, int] | None = None
         try:
             fields: Any = json.loads(data)
             if name == "step":
-                self.on_step(int(fields["step"]), int(fields["steps"]))
+                steps = int(fields["step"]), int(fields["steps"])
             elif name == "error":
                 self._response = httpx.Response(int(fields["status"]), json={"error": str(fields["error"])})
         except (ValueError, KeyError, TypeError):
             self._response = httpx.Response(
                 502, json={"error": f"The server sent an event that makes no sense: {name}."}
             )
+        # What the caller's own function raises is no fault of the server's.
+        if steps is not None:
+            self.on_step(*steps)

@@ -86,3 +86,12 @@ def test_a_stream_that_breaks_off_is_a_broken_connection(ask: Ask) -> None:  # n
 def test_an_event_that_makes_no_sense_is_a_server_error(ask: Ask, content: bytes) -> None:  # noqa: F811
     with pytest.raises(ServerError):
         ask(streaming(content), "generate", "p", on_step=lambda *_: None)
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError])
+def test_what_the_callers_own_function_raises_is_the_callers(error: type[Exception]) -> None:
+    def on_step(done: int, total: int) -> None:
+        raise error("mine")
+
+    with pytest.raises(error, match="mine"):
+        StreamReader(on_step).feed(b'event: step\ndata: {"step": 1, "steps": 2}\n\n')
