@@ -200,7 +200,7 @@ class Edge:
                     Access(
                         client=(scope.get("client") or ("-",))[0],
                         method=scope["method"],
-                        path=quote(path),
+                        path=quote(path, safe="/:"),
                         query=scope["query_string"].decode("latin-1"),
                         protocol=f"HTTP/{scope['http_version']}",
                         status=status or 500,

@@ -303,6 +303,16 @@ async def test_the_latency_line_names_the_request_and_its_stages_and_never_the_p
     assert "secret wish" not in caplog.text
 
 
+async def test_the_access_log_writes_paths_as_they_were_asked_for_and_nothing_else_through(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running(Instant, access_log_format="%(r)s %(s)s") as client:
+        with caplog.at_level(logging.INFO, "app.access"):
+            await client.get("/v1/models/m:predict")
+            await client.get("/v2/%0aGET%20/forged")
+    assert caplog.messages[-2:] == ["GET /v1/models/m:predict HTTP/1.1 405", "GET /v2/%0AGET%20/forged HTTP/1.1 404"]
+
+
 async def test_what_has_no_effect_in_protocol_v1_is_told_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
     instance = {"prompt": "a secret wish", "denoising_limit": 0.8}
     async with running(Warns) as client:
