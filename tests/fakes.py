@@ -91,6 +91,22 @@ class Gated(Instant):
         super().step(jobs)
 
 
+class ReadsSlowly(Instant):
+    """Reads a prompt only when the test lets it, and counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = threading.Event()
+        self.read_on = threading.Event()
+        self.prompts: list[str] = []
+
+    def encode(self, request: GenerateRequest) -> int:
+        self.prompts.append(request.prompt)
+        self.reading.set()
+        assert self.read_on.wait(30)
+        return super().encode(request)
+
+
 class RunsOutOfMemory(Instant):
     """Has no room for pictures wider than 64 pixels."""
 

@@ -94,6 +94,11 @@ class Family(abc.ABC, Generic[J]):
         """`encode` for each of `requests`; worth overriding where the text encoders read several prompts at once."""
         return [self.encode(request) for request in requests]
 
+    @property
+    def encodes_together(self) -> bool:
+        """Whether `encode_all` does more than `encode` one by one."""
+        return type(self).encode_all is not Family.encode_all
+
     @abc.abstractmethod
     def begin(self, request: GenerateRequest, conditioning: Any) -> J:
         """One image's latents, scheduler, timesteps and random numbers, all from the request's seed."""

@@ -186,6 +186,12 @@ class Worker:
         return sum(image.remaining * self._costs.rows(image) * image.size for image in list(self.running))
 
     def _encode(self, images: Sequence[Image]) -> None:
+        if not self.family.encodes_together:
+            for image in images:
+                # Prompts may be many and long, and a caller that has left meanwhile wants none of those that are left.
+                if not image.ticket.over:
+                    image.conditioning = self.family.encode(image.request)
+            return
         conditionings = self.family.encode_all([image.request for image in images])
         for image, conditioning in zip(images, conditionings, strict=True):
             image.conditioning = conditioning

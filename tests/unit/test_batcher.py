@@ -24,7 +24,7 @@ from app.errors import (
 )
 from app.generation import GenerateRequest, Progress
 from app.telemetry import Telemetry
-from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory, Slow
+from tests.fakes import Dies, FailsAt, Gated, Instant, ReadsSlowly, RunsOutOfMemory, Slow
 
 WAIT = 30.0
 
@@ -180,6 +180,23 @@ def test_a_request_cancelled_in_the_queue_never_starts(harness: Callable[..., Ha
     with pytest.raises(Cancelled):
         queued.future.result(WAIT)
     assert family.began == [1]
+    each.assert_empty()
+
+
+def test_of_a_request_cancelled_while_its_prompts_are_read_no_other_prompt_is(
+    harness: Callable[..., Harness],
+) -> None:
+    family = ReadsSlowly()
+    each = harness(family)
+    requests = [family.resolve(GenerateRequest(prompt=prompt, seed=1)) for prompt in ("a", "b", "c")]
+    ticket = each.batcher.submit(requests, WAIT)
+    assert family.reading.wait(WAIT)
+    ticket.cancel()
+    family.read_on.set()
+    assert each.submit("d").future.result(WAIT).images
+    with pytest.raises(Cancelled):
+        ticket.future.result(WAIT)
+    assert family.prompts == ["a", "d"]
     each.assert_empty()
 
 
