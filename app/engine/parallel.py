@@ -49,6 +49,20 @@ def own_device(settings: Settings, ranks: Ranks) -> Settings:
     return settings.model_copy(update={"device": f"cuda:{ranks.local_rank}"})
 
 
+def check_heads(heads: int, size: int) -> None:
+    """Whether so many processes can share an attention of so many heads.
+
+    Raises:
+        ModelLoadFailed: they cannot.
+    """
+    if heads % size:
+        fitting = ", ".join(str(count) for count in range(2, heads + 1) if heads % count == 0)
+        raise ModelLoadFailed(
+            f"torchrun started {size} processes, but the {heads} attention heads of this model can be shared by "
+            f"{fitting}; give one of these as --nproc_per_node."
+        )
+
+
 class Parallel:
     """What the processes share; stands in for the transformer in the first of them.
 
@@ -80,18 +94,12 @@ class Parallel:
         Raises:
             ModelLoadFailed: it has no such shares.
         """
-        heads, size = transformer.config.num_attention_heads, self._ranks.size
-        if heads % size:
-            fitting = ", ".join(str(count) for count in range(2, heads + 1) if heads % count == 0)
-            raise ModelLoadFailed(
-                f"torchrun started {size} processes, but the {heads} attention heads of this model can be shared by "
-                f"{fitting}; give one of these as --nproc_per_node."
-            )
+        check_heads(transformer.config.num_attention_heads, self.size)
         # What `enable_parallelism` does, which takes an accelerator for granted; without its last part, for which all
         # shares have to be equal on a CPU: see `_gather`.
         mesh = init_device_mesh(self._device.type, self._config.mesh_shape, mesh_dim_names=self._config.mesh_dim_names)
         config = ParallelConfig(context_parallel_config=self._config)
-        config.setup(self._ranks.rank, size, self._device, mesh=mesh)
+        config.setup(self._ranks.rank, self.size, self._device, mesh=mesh)
         for module in transformer.modules():
             processor: Any = getattr(module, "processor", None)
             if hasattr(processor, "_parallel_config"):

@@ -29,6 +29,7 @@ from tests.integration.stock import ours
 
 TIMEOUT = 120.0
 MODEL = ("--model_id=demo", "--model_type=flux", "--model_name=flux", "--device=cpu", "--http_port=0")
+SHORT: dict[str, Any] = {"prompt": "a red circle", "seed": 7, "num_inference_steps": 4}
 LONG: dict[str, Any] = {"prompt": "a blue square", "seed": 1, "num_inference_steps": 100}
 
 
@@ -145,8 +146,10 @@ def test_what_is_too_little_to_share_is_refused(pair: Pair) -> None:
 
 def test_one_signal_ends_both_once_what_was_accepted_is_done(tmp_path: Path) -> None:
     program = str(Path(sys.executable).with_name("sdxl-runtime"))
-    with torchrun(tmp_path, ("--no_python", program)) as server, ThreadPoolExecutor(1) as pool:
+    flags = ("--quantization=fp8", "--optimize=safe")
+    with torchrun(tmp_path, ("--no_python", program), *flags) as server, ThreadPoolExecutor(1) as pool:
         ranks = server.rank(0), server.rank(1)
+        small = server.paint(**SHORT)
         answer = server.paint_meanwhile(pool, **LONG)
         server.process.terminate()
         assert answer.result().status_code == 200
@@ -154,6 +157,8 @@ def test_one_signal_ends_both_once_what_was_accepted_is_done(tmp_path: Path) -> 
         assert not any(map(is_running, ranks))
         assert "Finished server process" in server.log()
         assert "lost" not in server.log() and "SIGKILL" not in server.log()
+    family = load_family(Settings(model_id="demo", model_type="flux", device="cpu", quantization="fp8"))
+    assert furthest(shown(small), ours(family, **SHORT)) <= 2
 
 
 def test_a_process_that_hangs_or_dies_takes_the_server_with_it(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 
+from app.engine.faults import as_fault
+from app.engine.parallel import check_heads, own_device
 from app.engine.ranks import Ranks, check_settings, find_ranks
 from app.engine.weights import load_family
-from app.errors import InvalidSettings, ModelLoadFailed
+from app.errors import DeviceLost, InvalidSettings, ModelLoadFailed
 from app.settings import Settings
 
 TORCHRUN = {
@@ -64,3 +67,32 @@ def test_all_processes_have_one_copy_of_the_model() -> None:
 def test_a_model_that_cannot_be_shared_is_refused_before_it_is_read() -> None:
     with pytest.raises(ModelLoadFailed, match="only FLUX can be shared by several processes"):
         load_family(Settings(model_id="demo"), ranks=RANKS)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(2, True), (3, True), (5, False), (7, False), (8, True)])
+def test_heads_are_shared_evenly(size: int, fits: bool) -> None:
+    if fits:
+        check_heads(24, size)
+    else:
+        with pytest.raises(
+            ModelLoadFailed, match="24 attention heads of this model can be shared by 2, 3, 4, 6, 8, 12"
+        ):
+            check_heads(24, size)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("auto", "cuda"):
+        assert own_device(Settings(device=device), RANKS).device == "cuda:1"
+        with pytest.raises(ModelLoadFailed, match="a process for GPU 2, counted from 0, but 2 are visible"):
+            own_device(Settings(device=device), Ranks(2, 2, 3))
+    assert own_device(Settings(device="cpu"), Ranks(2, 2, 3)).device == "cpu"
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert own_device(Settings(), RANKS).device == "auto"
+    with pytest.raises(ModelLoadFailed, match="0 are visible"):
+        own_device(Settings(device="cuda"), RANKS)
+
+
+def test_whoever_is_gone_from_the_others_is_lost() -> None:
+    assert isinstance(as_fault(torch.distributed.DistBackendError("NCCL error: out of memory")), DeviceLost)
