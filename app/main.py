@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Response
@@ -28,6 +28,7 @@ from app.api.serving import Serving
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
 from app.engine.gpus import count_gpus
+from app.engine.ranks import Ranks, check_settings, find_ranks
 from app.engine.repository import Model, Repository, State
 from app.errors import DeviceLost, InvalidSettings, RuntimeFault, StartupError
 from app.generation import GenerateRequest
@@ -47,6 +48,7 @@ def create_app(
     load: Callable[[], Family[Any]] | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
     begun: float | None = None,
+    ranks: Ranks | None = None,
 ) -> FastAPI:
     """The whole server as an ASGI application; loading starts with its lifespan.
 
@@ -55,6 +57,7 @@ def create_app(
         load: makes the model family on the device thread; by default what `settings` name.
         on_failure: called from the device thread when the model cannot be loaded, and when the device is lost.
         begun: when the start began, by ``time.monotonic``; now unless given.
+        ranks: of this process, where others share its model.
     """
     begun = time.monotonic() if begun is None else begun
     telemetry = Telemetry(settings.model_name)
@@ -65,7 +68,7 @@ def create_app(
     timelines = [start.Timeline(begun) for _ in range(count_replicas(settings))]
     batcher = Batcher(
         [
-            load or functools.partial(_load_family, settings.for_replica(i, len(timelines)), report, timeline)
+            load or functools.partial(_load_family, settings.for_replica(i, len(timelines)), report, timeline, ranks)
             for i, timeline in enumerate(timelines)
         ],
         telemetry,
@@ -163,13 +166,15 @@ def _warn_of_small_limits(model: Model) -> None:
         logger.warning("a request with nothing but a prompt is refused: %s", fault)
 
 
-def _load_family(settings: Settings, report: Callable[[str], None], timeline: start.Timeline) -> Family[Any]:
+def _load_family(
+    settings: Settings, report: Callable[[str], None], timeline: start.Timeline, ranks: Ranks | None
+) -> Family[Any]:
     from app.engine.mount import wait_for_mount
     from app.engine.weights import load_family
 
     with timeline.phase("read"):
         wait_for_mount(settings, report)
-    family = load_family(settings, report, timeline)
+    family = load_family(settings, report, timeline, ranks)
     with timeline.phase("compile"):
         family.warm(report)
     report("warming up" if settings.warm_up else "")
@@ -200,7 +205,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
         surroundings.keep_compiled(settings.cache_dir)
-        server, failures = _make_server(settings)
+        ranks = find_ranks()
+        if ranks is not None:
+            settings = check_settings(settings, ranks)
+            logger.info("torchrun: process %d of %d that share one model", ranks.rank, ranks.size)
+            if ranks.rank > 0:
+                return _follow(settings, ranks)
+        server, failures = _make_server(settings, ranks)
         listener = _listen(settings)
     except InvalidSettings as error:
         surroundings.tell(str(error), settings.termination_log if settings else _usual_termination_log())
@@ -233,7 +244,26 @@ def _listen(settings: Settings) -> socket.socket:
         raise InvalidSettings(f"Cannot listen on {where} ({reason}); choose another --http_port or --host.") from None
 
 
-def _make_server(settings: Settings) -> tuple[uvicorn.Server, list[BaseException]]:
+def _follow(settings: Settings, ranks: Ranks) -> NoReturn:
+    """Share the work of the process that serves, until that is done."""
+    code = 0
+    try:
+        family = _load_family(settings, lambda _: None, start.Timeline(), ranks)
+        # torchrun hands them to all at once; who serves has requests to finish, and says when that is done.
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        family.follow()
+    except StartupError as error:
+        surroundings.tell(str(error), settings.termination_log)
+        code = 1
+    except Exception:
+        logger.critical("process %d has lost the others", ranks.rank, exc_info=True)
+        code = DEVICE_LOST
+    logging.shutdown()
+    os._exit(code)  # an interpreter that ends may wait for the others, who are gone
+
+
+def _make_server(settings: Settings, ranks: Ranks | None) -> tuple[uvicorn.Server, list[BaseException]]:
     """The HTTP server, and a list that receives the reason when the model cannot be loaded; the server stops then."""
     failures: list[BaseException] = []
 
@@ -241,7 +271,7 @@ def _make_server(settings: Settings) -> tuple[uvicorn.Server, list[BaseException
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=stop, begun=start.process_began())
+    app = create_app(settings, on_failure=stop, begun=start.process_began(), ranks=ranks)
     config = uvicorn.Config(
         app,
         http=functools.partial(Connection, header_timeout=settings.body_timeout),  # type: ignore[arg-type]

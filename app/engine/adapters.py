@@ -41,6 +41,11 @@ class Adapters:
     def names(self) -> tuple[str, ...]:
         return tuple(self.scales)
 
+    @property
+    def active(self) -> Loras:
+        """What the next forward passes use."""
+        return self._active or ()
+
     def resolve(self, loras: Loras | None) -> Loras:
         """In one order, without those whose scale is 0.
 

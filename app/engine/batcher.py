@@ -201,6 +201,7 @@ class Batcher:
         try:
             while worker.wait_for_work():
                 worker.turn()
+            worker.family.close()
         except DeviceLost as lost:
             fault = lost
             self._break(fault)

@@ -126,6 +126,19 @@ class Family(abc.ABC, Generic[J]):
         del job
         return 1
 
+    def follow(self) -> None:
+        """Take part in the forward passes of another process until it says goodbye.
+
+        Only where several processes share a model.
+
+        Raises:
+            Exception: the others are lost, and so is this process.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called when nothing will be done any more, and everything went well."""
+
     @abc.abstractmethod
     def decode(self, jobs: Sequence[J], tiled: bool = False) -> np.ndarray:
         """The pictures of `jobs`, which share a signature: uint8 ``[n, h, w, 3]``, RGB.

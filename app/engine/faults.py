@@ -23,6 +23,9 @@ def as_fault(error: Exception) -> RuntimeFault:
         error.__cause__ = error.__context__ = None
         return error.with_traceback(None)
     kind, text = type(error).__name__, str(error)
+    if kind == "DistBackendError":  # another GPU, or the way to it; its message may speak of memory
+        logger.critical("the other devices are lost", exc_info=error)
+        return DeviceLost(LOST)
     full = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(part in text for part in full):
         return OutOfMemory(FULL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from app.engine.vae import Vae
 from app.engine.warming import warm
 from app.generation import GenerateRequest
 
+if TYPE_CHECKING:
+    from app.engine.parallel import Parallel
+
 EMBEDDING_CACHE_SIZE = 32
 """Prompts whose embeddings are kept; each takes 4 MB for FLUX.1 in half precision."""
 
@@ -49,10 +52,18 @@ class FluxFamily(Family[FluxJob]):
         pipeline: loaded, on its device; its components are used, its ``__call__`` never.
         adapters: LoRA adapters of the pipeline.
         optimization: how hard the device is made to work.
+        parallel: the processes that share the transformer's forward passes.
+
+    Raises:
+        ModelLoadFailed: they cannot share it.
     """
 
     def __init__(
-        self, pipeline: FluxPipeline, adapters: Adapters | None = None, optimization: Optimization = OFF
+        self,
+        pipeline: FluxPipeline,
+        adapters: Adapters | None = None,
+        optimization: Optimization = OFF,
+        parallel: Parallel | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._adapters = adapters
@@ -68,6 +79,10 @@ class FluxFamily(Family[FluxJob]):
             self._predict_rows = self._compiler.compile_blocks(self._transformer)
             for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
                 self._compiler.compile_encoder(encoder)
+        self._parallel = parallel
+        if parallel is not None:
+            parallel.split(self._transformer, adapters)
+            self._predict_rows = parallel
         self._cache = StepCache(self._transformer) if optimization.step_cache > 1 else None
         self._device: torch.device = pipeline._execution_device
         self._pace = Pace(self._device)
@@ -76,7 +91,12 @@ class FluxFamily(Family[FluxJob]):
         self._vae = Vae(pipeline.vae, self._inpaint.image_processor, self._compiler)
         self._factor: int = pipeline.vae_scale_factor * 2
         self._schedulers = FlowSchedulers(pipeline.scheduler)
-        self._requests = FluxRequests(pipeline, self._schedulers, adapters.names if adapters else ())
+        self._requests = FluxRequests(
+            pipeline,
+            self._schedulers,
+            adapters.names if adapters else (),
+            least_tokens=parallel.size if parallel else 1,
+        )
         self.parameters = self._requests.parameters - (frozenset() if optimization.lossy else LOSSY_PARAMETERS)
         self.size_step = self._factor
         self.schedulers = tuple(NAMES)
@@ -316,6 +336,16 @@ class FluxFamily(Family[FluxJob]):
         latents = self._unpack(job)
         picture: np.ndarray = self._vae.decode(latents)[0] if whole else self._vae.preview(latents)
         return picture
+
+    @on_device
+    def follow(self) -> None:
+        assert self._parallel is not None
+        with self._optimization.attention(self._device):
+            self._parallel.follow()
+
+    def close(self) -> None:
+        if self._parallel is not None:
+            self._parallel.close()
 
     @property
     def decode_retries(self) -> int:  # type: ignore[override]

@@ -44,11 +44,15 @@ class FluxRequests:
         pipeline: loaded.
         schedulers: made from the pipeline's own.
         adapters: names of the LoRA adapters that requests may name.
+        least_tokens: of the picture, and of each prompt.
     """
 
-    def __init__(self, pipeline: FluxPipeline, schedulers: FlowSchedulers, adapters: Sequence[str]) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, schedulers: FlowSchedulers, adapters: Sequence[str], least_tokens: int = 1
+    ) -> None:
         self._schedulers = schedulers
         self._adapters = adapters
+        self._least_tokens = least_tokens
         self.embeds_guidance = bool(pipeline.transformer.config.guidance_embeds)
         """Whether the transformer takes the guidance scale as an input; FLUX.1-dev does, schnell does not."""
         self.parameters = (PARAMETERS - (frozenset() if adapters else {"loras"})) | frozenset(WITHOUT_EFFECT)
@@ -81,6 +85,7 @@ class FluxRequests:
         )
         self._check_steps(resolved)
         self._check_lengths(resolved)
+        self._check_shares(resolved)
         return resolved
 
     def _size(self, request: GenerateRequest) -> tuple[int, int]:
@@ -137,6 +142,21 @@ class FluxRequests:
                 raise InvalidRequest(
                     f"{name} has {count} tokens, {count - most} more than max_sequence_length ({most}); {reason}."
                 )
+
+    def _check_shares(self, request: GenerateRequest) -> None:
+        """Refuse what is too little for each of the processes that share a model to have a part of it."""
+        assert request.height is not None and request.width is not None and request.max_sequence_length is not None
+        least, factor = self._least_tokens, self._factor
+        if request.max_sequence_length < least:
+            raise InvalidRequest(
+                f"max_sequence_length must be at least {least}, not {request.max_sequence_length}: so many processes "
+                "share this model."
+            )
+        if request.height * request.width < least * factor**2:
+            raise InvalidRequest(
+                f"{request.height} x {request.width} pixels are too few for the {least} processes that share this "
+                f"model; ask for at least {factor} x {least * factor}."
+            )
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         sentences = []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.engine.family import Family
 from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_folder
+from app.engine.ranks import Ranks
 from app.engine.single_files import SingleFile, read_single_file
 from app.errors import ModelLoadFailed
 from app.settings import Settings
@@ -24,6 +25,7 @@ from app.start import Timeline, importing
 if TYPE_CHECKING:
     from app.engine.loading import Format, Progress
     from app.engine.optimization import Optimization
+    from app.engine.parallel import Parallel
     from app.engine.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -40,13 +42,19 @@ Report = Callable[[str], None]
 Source = ModelFolder | SingleFile
 
 
-def load_family(settings: Settings, report: Report = lambda _: None, timeline: Timeline | None = None) -> Family[Any]:
+def load_family(
+    settings: Settings,
+    report: Report = lambda _: None,
+    timeline: Timeline | None = None,
+    ranks: Ranks | None = None,
+) -> Family[Any]:
     """Load the model that `settings` name, on its device.
 
     Args:
         settings: what to load and where to.
         report: hears what is being done, such as ``reading unet (1.2 of 5.1 GB)``; the log hears it too.
         timeline: of the start, for the seconds that it takes.
+        ranks: which of several processes this is, each of which loads the model and takes a share of its work.
 
     Raises:
         ModelLoadFailed: with one sentence that names the folder or file and what to do.
@@ -62,6 +70,11 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
         base, rest, refiner = _find(settings, say)
     if settings.step_cache > 1 and base.kind is not Kind.FLUX:
         raise ModelLoadFailed("--step_cache is for FLUX alone; leave it out for Stable Diffusion XL.")
+    if ranks is not None and base.kind is not Kind.FLUX:
+        raise ModelLoadFailed(
+            f"{base.path} holds {NAMES[base.kind]}, but only FLUX can be shared by several processes; start it without "
+            "torchrun, and with --replicas auto for several GPUs."
+        )
     if not settings.use_refiner and (settings.refiner_id or settings.refiner_single_file_model):
         logger.warning("a refiner is named but not loaded; --use_refiner loads it")
 
@@ -74,8 +87,16 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     from app.engine.optimization import choose_optimization
     from app.engine.placement import choose_placement
 
+    parallel = None
     with timeline.phase("device"):
+        if ranks is not None:
+            from app.engine.parallel import Parallel, own_device
+
+            settings = own_device(settings, ranks)
         placement = choose_placement(settings)
+        if ranks is not None:
+            say("meeting the other processes")
+            parallel = Parallel(ranks, placement.device)
     optimization = choose_optimization(settings, placement)
     numbers = Format(
         placement.dtype,
@@ -89,7 +110,12 @@ def load_family(settings: Settings, report: Report = lambda _: None, timeline: T
     with timeline.phase("read"), ONE_AT_A_TIME:
         components = _load_base(base, rest, numbers, progress)
         others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
-    return _make_family(settings, placement, optimization, base, components, refiner, others, say, timeline)
+    family = _make_family(settings, placement, optimization, parallel, base, components, refiner, others, say, timeline)
+    if parallel is not None:
+        say("waiting for the other processes")
+        with timeline.phase("read"):
+            parallel.wait()
+    return family
 
 
 def _import_libraries(sources: Iterable[Source], compiles: bool) -> None:
@@ -315,6 +341,7 @@ def _make_family(
     settings: Settings,
     placement: Placement,
     optimization: Optimization,
+    parallel: Parallel | None,
     base: Source,
     components: dict[str, Any],
     refiner: Source | None,
@@ -360,7 +387,7 @@ def _make_family(
     if base.kind is Kind.FLUX:
         from app.engine.flux import FluxFamily
 
-        family = FluxFamily(pipeline, adapters, optimization)
+        family = FluxFamily(pipeline, adapters, optimization, parallel)
     else:
         from app.engine.sdxl import SdxlFamily
 

@@ -77,7 +77,7 @@ async def test_the_server_is_live_before_it_is_ready_and_says_why_it_is_not() ->
 async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, reported = threading.Event(), threading.Event()
 
-    def load_family(_settings: Settings, report: Callable[[str], None], _timeline: Timeline) -> Family[Any]:
+    def load_family(_settings: Settings, report: Callable[[str], None], *_: object) -> Family[Any]:
         report("reading unet (1.2 of 5.1 GB)")
         reported.set()
         loaded.wait(30)
@@ -99,7 +99,7 @@ async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch
 async def test_log_and_metrics_say_what_the_start_consisted_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def load_family(_settings: Settings, _report: Callable[[str], None], timeline: Timeline) -> Family[Any]:
+    def load_family(_settings: Settings, _report: object, timeline: Timeline, _ranks: object) -> Family[Any]:
         with timeline.phase("read"):
             time.sleep(0.05)
         with timeline.phase("device"), timeline.phase("compile"):
