@@ -91,13 +91,8 @@ class Family(abc.ABC, Generic[J]):
         """The text encoders' view of a resolved request; cached by prompt. Passed to `begin` as it is."""
 
     def encode_all(self, requests: Sequence[GenerateRequest]) -> list[Any]:
-        """`encode` for each of `requests`; worth overriding where the text encoders read several prompts at once."""
+        """`encode` for each of `requests`; worth overriding where weights move to the device and back in between."""
         return [self.encode(request) for request in requests]
-
-    @property
-    def encodes_together(self) -> bool:
-        """Whether `encode_all` does more than `encode` one by one."""
-        return type(self).encode_all is not Family.encode_all
 
     @abc.abstractmethod
     def begin(self, request: GenerateRequest, conditioning: Any) -> J:

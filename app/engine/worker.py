@@ -5,7 +5,7 @@ One thread calls it and everything of its family. Knows no HTTP, and of the queu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +20,9 @@ from app.generation import GenerateRequest, Pixels, PreviewKind
 from app.start import Timeline
 from app.telemetry import Telemetry
 
-JOIN_AT_ONCE = 8
-"""Images that join between two steps while others are being denoised, who should not wait for long."""
+JOIN_SECONDS = 0.1
+"""For images to join between two passes, or as long as a pass takes: prompts may be many and long, and whoever is being
+denoised, or comes meanwhile and is more urgent, should not wait for all of them."""
 WARM_STEPS = 2
 """With a refiner, one for each part."""
 SLOW_FIRST_STEP = 5.0
@@ -83,6 +84,7 @@ class Worker:
         """Images that have left the queue and have no pixels yet; only this worker's thread changes it."""
         self._attempts = Attempts(costs, telemetry, most_load, step_timeout, clock)
         self._turn: Hashable = None
+        self._pass_seconds = 0.0
         self._decode_retries = 0
         self._unexpected_shapes = 0
 
@@ -106,6 +108,7 @@ class Worker:
             seconds = (self._clock() - started) / job.num_steps
             if seconds > SLOW_FIRST_STEP:
                 break
+        self._pass_seconds = seconds
         self._costs.stepped([image], seconds)
         started = self._clock()
         self.family.decode([job])
@@ -149,18 +152,24 @@ class Worker:
     # --- Joining -----------------------------------------------------------------------------------------------
 
     def _let_join(self) -> None:
-        if not self.family.interleaves and self.running:
+        if not self.family.interleaves:
+            if not self.running:
+                self._join(list(self._take()))
             return
-        most = JOIN_AT_ONCE if self.running else len(self._queue.waiting)
-        joining: list[Image] = []
-        while len(joining) < most:
-            image = self._queue.take(self._may_begin)
-            if image is None:
-                break
+        started = self._clock()
+        for image in self._take():
+            self._join([image])
+            if self._clock() - started > max(JOIN_SECONDS, self._pass_seconds):
+                return
+
+    def _take(self) -> Iterator[Image]:
+        while image := self._queue.take(self._may_begin):
             self.running.append(image)
-            joining.append(image)
-        self._attempts.go("text_encode", joining, self._encode, lambda image: image.conditioning is not None)
-        for image in joining:
+            yield image
+
+    def _join(self, images: Sequence[Image]) -> None:
+        self._attempts.go("text_encode", images, self._encode, lambda image: image.conditioning is not None)
+        for image in images:
             self._attempts.go("begin", [image], self._begin, lambda image: image.job is not None)
         self._forget_over()
 
@@ -186,12 +195,6 @@ class Worker:
         return sum(image.remaining * self._costs.rows(image) * image.size for image in list(self.running))
 
     def _encode(self, images: Sequence[Image]) -> None:
-        if not self.family.encodes_together:
-            for image in images:
-                # Prompts may be many and long, and a caller that has left meanwhile wants none of those that are left.
-                if not image.ticket.over:
-                    image.conditioning = self.family.encode(image.request)
-            return
         conditionings = self.family.encode_all([image.request for image in images])
         for image, conditioning in zip(images, conditionings, strict=True):
             image.conditioning = conditioning
@@ -223,12 +226,14 @@ class Worker:
             self._telemetry.turn_switches.inc()
         self._turn = turn
         before = {image: image.steps_done for image in images}
+        started = self._clock()
         self._attempts.go(
             "denoise_step",
             images,
             lambda part: self.family.step([image.job for image in part]),
             lambda image: image.job is not None and image.job.step_index > before[image],
         )
+        self._pass_seconds = self._clock() - started
         self._tell(images, before)
 
     def _tell(self, images: Sequence[Image], before: dict[Image, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,6 +77,61 @@ def test_a_short_request_behind_eight_long_ones_is_done_within_twice_the_time_of
         simulation.turn()
     in_company = 4 * (family.fixed + 9 * family.per_row) + family.decoding
     assert simulation.clock.now - arrived <= 2 * in_company
+
+
+class Wordy(Timed):
+    """Takes long to read a prompt, and lets a test have something happen meanwhile."""
+
+    reading = 5.0
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.read: list[str] = []
+        self.meanwhile: Callable[[], None] | None = None
+
+    def encode(self, request: GenerateRequest) -> int:
+        self.read.append(request.prompt)
+        self.clock.now += self.reading
+        if self.meanwhile is not None:
+            meanwhile, self.meanwhile = self.meanwhile, None
+            meanwhile()
+        return super().encode(request)
+
+
+def test_a_short_request_waits_for_one_prompt_and_not_for_all_that_came_before_it() -> None:
+    clock = Clock()
+    family = Wordy(clock)
+    simulation = Simulation(family, clock=clock)
+    simulation.submit("first")
+    simulation.run()
+    family.meanwhile = lambda: tickets.append(simulation.submit("short", num_inference_steps=4))
+    tickets = [simulation.submit("long", num_inference_steps=50, seed=seed) for seed in range(6)]
+    simulation.run()
+    assert family.read == ["first", "long", "short", *["long"] * 5]
+    assert all(ticket.future.result(0).images for ticket in tickets)
+
+
+def test_whoever_is_being_painted_waits_for_one_prompt_at_most_between_two_steps() -> None:
+    clock = Clock()
+    family = Wordy(clock)
+    simulation = Simulation(family, clock=clock)
+    running = simulation.submit("first", num_inference_steps=10)
+    simulation.turn()
+    for seed in range(4):
+        simulation.submit("long", num_inference_steps=50, seed=seed)
+    for read in range(1, 5):
+        steps, before = running.steps_done, clock.now
+        simulation.turn()
+        assert len(family.read) == 1 + read and running.steps_done == steps + 1
+        assert clock.now - before <= family.reading + family.fixed + 8 * family.per_row
+
+
+def test_prompts_that_are_read_in_no_time_all_join_the_same_pass() -> None:
+    simulation, family = timed()
+    for seed in range(8):
+        simulation.submit(seed=seed)
+    simulation.turn()
+    assert [len(each) for each in family.passes] == [8]
 
 
 def test_a_short_request_takes_a_row_from_long_ones_where_there_is_no_room_for_all() -> None:
