@@ -70,3 +70,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     meant = [synonym for synonym in SYNONYMS.get(key, ()) if synonym in known]
     meant = meant or difflib.get_close_matches(name[:60], known, n=1)
     return f" (did you mean {' and '.join(map(repr, meant))}?)" if meant else ""
+
+
+def in_seconds(seconds: float) -> str:
+    """A duration, such as ``2.5 seconds``."""
+    return f"{seconds:.1f} seconds" if seconds >= 0.05 else "less than 0.1 seconds"

@@ -95,8 +95,9 @@ def error_response(fault: RuntimeFault) -> Response:
         headers["Retry-After"] = str(math.ceil(fault.retry_after))
     if isinstance(fault, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(fault, BodyTooLarge | BodyTooSlow | errors.ShuttingDown):
-        # What is left of the body will not be read.
+    if isinstance(fault, BodyTooSlow | errors.ShuttingDown):
+        # What is left of the body will not be read. One that is too large is, and thrown away: many clients look for
+        # an answer only when they have sent everything, and lose it when the connection is closed before.
         headers["Connection"] = "close"
     return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
 
@@ -126,6 +127,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             found = [route for route in routes if isinstance(route, Route) and route.path_regex.match(request.url.path)]
             same = [route for route in found if route.path == found[0].path]
             methods = {headers["Allow"], *(name for route in same for name in route.methods or ())}
+            methods |= {"HEAD"} if "GET" in methods else set()
             headers["Allow"] = ", ".join(sorted(methods))
         return json_response({"error": sentence}, error.status_code, headers)
 
@@ -165,6 +167,10 @@ class Edge:
             path = path.rstrip("/") or "/"
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}
 
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn, which goes by the request, leaves the body out
+
         started = time.monotonic()
         status = size = 0
         fault: RuntimeFault
@@ -199,7 +205,7 @@ class Edge:
                 self._access_log.log(
                     Access(
                         client=(scope.get("client") or ("-",))[0],
-                        method=scope["method"],
+                        method=method,
                         path=quote(path, safe="/:"),
                         query=scope["query_string"].decode("latin-1"),
                         protocol=f"HTTP/{scope['http_version']}",

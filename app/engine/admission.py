@@ -10,6 +10,7 @@ from typing import NoReturn
 from app.engine.costs import Costs
 from app.engine.ticket import Image, Stage, Ticket
 from app.errors import DeadlineExceeded, Overloaded
+from app.sentences import in_seconds
 
 LONGEST_WAIT = 600
 """Seconds that nobody is told to wait longer than."""
@@ -134,8 +135,8 @@ def check_seconds(
     timeout = new.deadline - now
     if alone > timeout:
         raise DeadlineExceeded(
-            f"The request takes about {alone:.1f} seconds, but its deadline is after {timeout:.1f}; allow more time or "
-            "ask for fewer steps or images."
+            f"The request takes about {in_seconds(alone)}, but its deadline is after {in_seconds(timeout)}; allow more "
+            "time or ask for fewer steps or images."
         )
     with_new = schedule([*forecast, new], costs, devices)
     late = with_new[new] - timeout / CAUTION

@@ -25,6 +25,7 @@ from app.errors import (
     ShuttingDown,
 )
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
+from app.sentences import in_seconds
 from app.telemetry import Telemetry
 
 KEPT_OUTCOMES = 1024
@@ -279,8 +280,8 @@ class Queue:
             now = self._clock()
             late = [ticket for ticket in self.tickets if now >= ticket.deadline]
         for ticket in late:
-            waited = now - ticket.accepted
-            self.end(ticket, DeadlineExceeded(f"The request was not done after {waited:.1f} seconds and was given up."))
+            waited = in_seconds(now - ticket.accepted)
+            self.end(ticket, DeadlineExceeded(f"The request was not done after {waited} and was given up."))
 
     def leave(self, ticket: Ticket) -> None:
         """One caller waits no longer; with the last one the request is cancelled."""

@@ -44,9 +44,9 @@ def parse_json(raw: bytes) -> Any:
     except RecursionError:
         raise InvalidRequest("The JSON is nested too deeply.") from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from None
+        # Some of Python's messages expect the place right behind them, and end with "at".
+        what = error.msg.removesuffix(" at")
+        raise InvalidRequest(f"The body is not JSON: {what} at line {error.lineno}, column {error.colno}.") from None
     except ValueError:
         # Python refuses to read integers of more than 4,300 digits.
         raise InvalidRequest("A number in the JSON has too many digits.") from None

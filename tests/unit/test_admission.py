@@ -116,6 +116,15 @@ def test_what_cannot_meet_its_deadline_alone_is_refused_at_once_and_costs_no_ste
     simulation.run()
 
 
+def test_a_deadline_that_is_over_at_once_is_said_in_words_that_are_true() -> None:
+    simulation, _ = measured()
+    ticket = simulation.submit(timeout=1e-6)
+    simulation.clock.now += 0.001
+    simulation.run()
+    error = ticket.future.exception(0)
+    assert str(error) == "The request was not done after less than 0.1 seconds and was given up."
+
+
 def test_what_cannot_meet_its_deadline_in_the_queue_is_asked_to_come_back() -> None:
     simulation, _ = measured(max_batch_size=1)
     for seed in range(5):
