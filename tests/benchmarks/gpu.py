@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import logging
 import os
@@ -380,6 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results (default on a GPU: beside this program)")
     given = parser.parse_args(arguments)
 
+    # What importing made stays, and is nothing to look through each time that a model's memory is given back.
+    gc.freeze()
     device = choose_device(given.device)
     if device.type == "cpu" and not given.small:
         parser.error("no GPU is visible here; --small runs the demo's configurations on the CPU")
