@@ -188,7 +188,7 @@ class TestPaths:
         answer = client.request(method, path, json=instances() if method == "POST" else None)
         refused(answer, status, says)
         if status == 405:
-            assert answer.headers["allow"] == ("POST" if path == PREDICT else "GET")
+            assert answer.headers["allow"] == ("POST" if path == PREDICT else "GET, HEAD")
 
 
 class TestKserve:

@@ -16,7 +16,7 @@ from app.generation import GenerateRequest
 from app.settings import Settings
 from app.telemetry import Telemetry
 
-CAPTIONS = 192
+CAPTIONS = 96
 WAIT = 900.0
 
 

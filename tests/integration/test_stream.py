@@ -198,7 +198,7 @@ async def test_a_priority_may_be_written_with_a_fraction_that_is_none() -> None:
 async def test_a_path_with_two_methods_names_both() -> None:
     async with running(Instant()) as server:
         answer = await server.client.put("/v2/requests/x")
-        assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET"
+        assert answer.status_code == 405 and answer.headers["allow"] == "DELETE, GET, HEAD"
 
 
 async def test_infer_has_no_previews_either() -> None:
