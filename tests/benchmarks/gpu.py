@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from app.engine import step_cache
 from app.engine.family import Family
 from app.engine.optimization import choose_optimization
 from app.engine.placement import Placement, choose_device, choose_dtype
@@ -44,7 +45,9 @@ from tests.benchmarks.engines import GIB, Engine, Trajectory, Wave, distance, fr
 from tests.gpu.full_size import META, assemble, forward, make_components, make_models, modules
 
 RESULTS = Path(__file__).parent / "results"
-LEVELS = ("off", "safe", "compile", "max")
+STEP_CACHE = "step_cache"
+"""No level of ``--optimize``, but measured as one: ``safe`` with ``--step_cache 2``."""
+LEVELS = ("off", "safe", "compile", "max", STEP_CACHE)
 UNFIT = "does not fit"
 FIRST_STEPS = 2
 """Steps of what is painted before anything is measured."""
@@ -67,6 +70,8 @@ class Model:
         together: steps of several at a time.
         rows: that a picture brings to a forward pass: two with guidance by a negative prompt.
         denoising_limit: of every request.
+        step_cache: whether that has steps to leave out.
+        small: steps of the small one.
     """
 
     configs: tuple[str, ...]
@@ -75,6 +80,8 @@ class Model:
     together: int
     rows: int
     denoising_limit: float | None = None
+    step_cache: bool = False
+    small: int = 2
 
     def folders(self, small: bool) -> list[Path]:
         return [DEMO_WEIGHTS / name for name in self.demo] if small else [CONFIGS / name for name in self.configs]
@@ -90,7 +97,9 @@ MODELS = {
         rows=2,
         denoising_limit=0.8,
     ),
-    "flux-dev": Model(("flux-dev",), ("flux",), alone=(28,), together=28, rows=1),
+    "flux-dev": Model(
+        ("flux-dev",), ("flux",), alone=(28,), together=28, rows=1, step_cache=True, small=step_cache.SHORTEST
+    ),
     "flux-schnell": Model(("flux-schnell",), ("flux",), alone=(4,), together=4, rows=1),
 }
 
@@ -119,8 +128,8 @@ class Setup:
 
     def cases(self, model: Model) -> list[Case]:
         """In the order of what they need."""
-        alone = (2,) if self.small else model.alone
-        together = 2 if self.small else model.together
+        alone = (model.small,) if self.small else model.alone
+        together = model.small if self.small else model.together
         return [(steps, 1) for steps in alone if 1 in self.images] + [
             (together, images) for images in sorted(self.images) if images > 1 or together not in alone
         ]
@@ -138,7 +147,8 @@ class Setup:
     def settings(self, model: Model, level: str) -> Settings:
         """A server's own, but for how many rows it prepares for: no more than are measured."""
         rows = min(max(self.images) * model.rows, Settings().max_batch_size)
-        return Settings(optimize=level, warm_sizes=(f"{self.side}x{self.side}",), max_batch_size=rows)
+        chosen: dict[str, Any] = {"optimize": "safe", "step_cache": 2} if level == STEP_CACHE else {"optimize": level}
+        return Settings(**chosen, warm_sizes=(f"{self.side}x{self.side}",), max_batch_size=rows)
 
 
 # --- What the hardware allows ----------------------------------------------------------------------------------
@@ -182,6 +192,8 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
     with contextlib.ExitStack() as stack:
         made = make_models(model.folders(setup.small), setup.device, setup.dtype)
         for level in setup.levels:
+            if level == STEP_CACHE and not model.step_cache:
+                continue
             record: dict[str, Any] = {"model": name, "level": level}
             try:
                 engine = engines[level] = start(made, setup, setup.settings(model, level), setup.dtype)
@@ -377,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--differences", action=argparse.BooleanOptionalAction, default=True, help="from float32")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; 'eager' stops before machine code")
-    parser.add_argument("--small", action="store_true", help="the demo's configurations, 64 x 64, 2 steps")
+    parser.add_argument("--small", action="store_true", help="the demo's configurations, 64 x 64, few steps")
     parser.add_argument("--out", type=Path, help="folder for the results (default on a GPU: beside this program)")
     given = parser.parse_args(arguments)
 

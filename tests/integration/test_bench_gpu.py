@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-MODELS = ("sdxl", "sdxl-refiner", "flux-dev", "flux-schnell")
+from tests.benchmarks import gpu_report
+
+STEPS = {"sdxl": 2, "sdxl-refiner": 2, "flux-dev": 8, "flux-schnell": 2}
 FIGURES = ("seconds", "fastest", "slowest", "latency", "images_per_second", "tflop", "floor")
 
 
@@ -29,7 +31,7 @@ def run(out: Path, *flags: str, **environment: str) -> dict[str, Any]:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two pieces left their results: all models as they are, and one compiled."""
     folder = tmp_path_factory.mktemp("results")
-    run(folder, "--levels", "off")
+    run(folder, "--levels", "off", "step_cache")
     # Machine code for a CPU takes minutes, and is nothing that this program measures.
     run(folder, "--levels", "compile", "--model", "sdxl", "--backend", "eager")
     return folder
@@ -43,11 +45,18 @@ def results(out: Path) -> dict[str, Any]:
 
 def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
     levels = [(each["model"], each["level"]) for each in results["levels"]]
-    assert levels == [("sdxl", "off"), ("sdxl", "compile"), *((model, "off") for model in MODELS[1:])]
-    assert [(row["model"], row["level"], row["steps"], row["images"]) for row in results["rows"]] == [
-        (*level, 2, images) for level in levels for images in (1, 2)
+    assert levels == [
+        ("sdxl", "off"),
+        ("sdxl", "compile"),
+        ("sdxl-refiner", "off"),
+        ("flux-dev", "off"),
+        ("flux-dev", "step_cache"),
+        ("flux-schnell", "off"),
     ]
-    assert [each["levels"] for each in results["runs"]] == [["off"], ["compile"]]
+    assert [(row["model"], row["level"], row["steps"], row["images"]) for row in results["rows"]] == [
+        (model, level, STEPS[model], images) for model, level in levels for images in (1, 2)
+    ]
+    assert [each["levels"] for each in results["runs"]] == [["off", "step_cache"], ["compile"]]
 
 
 def test_every_row_has_figures_that_can_be(results: dict[str, Any]) -> None:
@@ -66,10 +75,15 @@ def test_every_row_has_figures_that_can_be(results: dict[str, Any]) -> None:
 
 def test_levels_say_how_far_they_are_from_float32(results: dict[str, Any]) -> None:
     for level in results["levels"]:
-        assert len(level["predictions"]) == 2
+        assert len(level["predictions"]) == STEPS[level["model"]]
+        assert level["warm_up"] > 0
+        if level["level"] == "step_cache":
+            # Of eight steps these three go without the blocks.
+            assert [i for i, difference in enumerate(level["predictions"]) if difference > 1e-4] == [2, 4, 6]
+            assert 0 < level["latents"] < 0.1
+            continue
         most = 0.0 if level["level"] == "off" else 1e-3
         assert max(*level["predictions"], level["latents"]) <= most, level
-        assert level["warm_up"] > 0
 
 
 def test_half_precision_is_seen_to_differ_a_little(tmp_path: Path) -> None:
@@ -92,8 +106,8 @@ def test_a_level_that_this_machine_has_no_compiler_for_is_said_to_be_absent(tmp_
 def test_a_table_and_a_figure_lie_beside_the_numbers(out: Path, results: dict[str, Any]) -> None:
     assert {path.name for path in out.iterdir()} == {f"gpu-cpu-small.{kind}" for kind in ("json", "md", "svg")}
     table = (out / "gpu-cpu-small.md").read_text()
-    for title in ("SDXL", "SDXL with refiner", "FLUX.1 dev", "FLUX.1 schnell"):
-        assert table.count(f"| {title} | 2 | `off` |") == 2
+    for model, title in gpu_report.TITLES.items():
+        assert table.count(f"| {title} | {STEPS[model]} | `off` |") == 2
     assert table.count("| SDXL | 2 | `compile` |") == 2
     first = results["rows"][0]
     assert f"| {first['images_per_second']:.3g} (2) |" in table and f"| {first['floor']:.3g} |" in table
