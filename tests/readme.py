@@ -1,7 +1,8 @@
-"""The README's tables, made from the code: ``python -m tests.readme`` writes them, a test compares them."""
+"""The tables of the pages, made from the code and the results: ``python -m tests.readme`` writes, a test compares."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from app.engine.sdxl_requests import SCORES
 from app.generation import PARAMETERS, Kind
 from app.main import create_app
 from app.settings import Settings
+from deploy.replicas import Plan
+from tests.benchmarks.gpu_report import TITLES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+SCALING = ROOT / "deploy" / "scaling.md"
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 FIGURES = {
     "load": "Share of pictures by latency, with 16 callers",
@@ -112,16 +116,52 @@ def on_gpus(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def written() -> str:
-    """The README as it should be."""
-    text = README.read_text(encoding="utf-8")
-    for make in (parameters, schedulers, routes, settings, benchmarks):
+DEMANDS = (1.0, 10.0, 100.0)
+"""Images per second, of an example."""
+
+
+def measured() -> str:
+    """How many replicas the measured images per second make, with one spare."""
+    painted = json.loads((RESULTS / "load.json").read_text(encoding="utf-8"))["16"]["servers"]["ours"]
+    demo = ("the demo, 10 to 30 steps", "two CPU cores", float(painted["images_per_second"]))
+    rows = [
+        [what, device, f"{rate:.3g}", *(str(Plan(demand, rate, spare=1).replicas) for demand in DEMANDS)]
+        for what, device, rate in (demo, *fastest_on_gpus(RESULTS))
+    ]
+    demands = " | ".join(f"for {demand:g} a second" for demand in DEMANDS)
+    return table(f"model | on | one replica, images/s | {demands}", rows)
+
+
+def fastest_on_gpus(results: Path) -> list[tuple[str, str, float]]:
+    """Each model and its steps, the GPU, and the most images per second that were measured with ``compile``."""
+    found = []
+    for path in sorted(results.glob("gpu-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in run["rows"] if row["level"] == "compile" and "images_per_second" in row]
+        best = {row["model"]: row for row in sorted(rows, key=lambda row: row["images_per_second"])}
+        if not run["small"]:
+            found += [
+                (f"{title}, {best[model]['steps']} steps", run["device"], best[model]["images_per_second"])
+                for model, title in TITLES.items()
+                if model in best
+            ]
+    return found
+
+
+PAGES = {README: (parameters, schedulers, routes, settings, benchmarks), SCALING: (measured,)}
+
+
+def written(page: Path) -> str:
+    """A page as it should be."""
+    text = page.read_text(encoding="utf-8")
+    for make in PAGES[page]:
         marks = re.compile(rf"<!-- {make.__name__} -->.*?<!-- end -->", re.DOTALL)
         block = f"<!-- {make.__name__} -->\n\n{make()}\n\n<!-- end -->"
         text, count = marks.subn(lambda _, block=block: block, text)
-        assert count == 1, f"the README has no place for {make.__name__}"
+        assert count == 1, f"{page.name} has no place for {make.__name__}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(written(), encoding="utf-8")
+    for each in PAGES:
+        each.write_text(written(each), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.benchmarks.devices import summarize as summarize_log
 from tests.benchmarks.engines import Engine, Wave, distance, share_weights
 from tests.benchmarks.gpu import MODELS, UNFIT, Setup, count_work, keep, read, summarize, take_turns, write
 from tests.fakes import FakeJob, Instant
-from tests.readme import on_gpus
+from tests.readme import fastest_on_gpus, on_gpus
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def setup(*images: int) -> Setup:
 
 
 def test_what_does_not_fit_is_said_so_and_the_rest_is_measured(engine: Engine) -> None:
-    *_, waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-dev"])
+    *_, waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-schnell"])
     assert waves["off", (2, 4)] == UNFIT
     for images in (1, 2):
         found = waves["off", (2, images)]
@@ -131,3 +132,16 @@ def test_the_readme_shows_what_gpus_there_are_results_of_and_no_small_runs(tmp_p
     text = on_gpus(tmp_path)
     assert gpu_report.table(results).strip() in text and "| SDXL | – | `max` | does not fit |" in text
     assert "gpu-nvidia-h100.svg" in text and "Other" not in text
+
+
+def test_what_a_replica_paints_is_the_most_that_was_measured_of_each_model(tmp_path: Path) -> None:
+    run = {"dtype": "bfloat16", "torch": "2.13", "rounds": 3, "rate_tflops": 700.0}
+    results = read(None) | {"device": "NVIDIA H100", "side": 1024, "small": False, "runs": [run]}
+    for level, images, rate in (("compile", 1, 0.8), ("compile", 8, 1.6), ("compile", 16, 1.5), ("max", 8, 2.5)):
+        results["rows"].append(
+            {"model": "sdxl", "level": level, "steps": 20, "images": images, "images_per_second": rate}
+        )
+    results["rows"].append({"model": "flux-dev", "level": "compile", "steps": 28, "images": 1, "unavailable": UNFIT})
+    (tmp_path / "gpu-nvidia-h100.json").write_text(json.dumps(results))
+    (tmp_path / "gpu-cpu-small.json").write_text(json.dumps(results | {"small": True}))
+    assert fastest_on_gpus(tmp_path) == [("SDXL, 20 steps", "NVIDIA H100", 1.6)]

@@ -1,12 +1,17 @@
-"""The README tells the truth about settings, parameters, schedulers, paths and numbers."""
+"""The pages tell the truth about settings, parameters, schedulers, paths and numbers."""
 
 from __future__ import annotations
 
-from tests.readme import README, ROOT, written
+from pathlib import Path
+
+import pytest
+
+from tests.readme import PAGES, ROOT, written
 
 
-def test_the_tables_are_those_of_the_code() -> None:
-    assert README.read_text(encoding="utf-8") == written(), "run: python -m tests.readme"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_code(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == written(page), "run: python -m tests.readme"
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
