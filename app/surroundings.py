@@ -6,7 +6,6 @@ A container may run as a user that nobody knows, on a file system of which only 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pwd
 import stat
@@ -18,14 +17,11 @@ from app.errors import InvalidSettings
 
 MOST_BYTES = 4096
 """Kubernetes reads no more of a termination log. Source: ``terminationMessagePath`` in the Kubernetes API."""
-M_ARENA_MAX = -8
-"""Source: ``malloc.h`` of the GNU C library."""
 
 
 def prepare() -> None:
     """Make up for what libraries take for granted; to be called before they are imported."""
     _open_standard_streams()
-    _share_one_heap()
     # On a CPU, torch keeps code for every shape that it met, four times as many by default: with many sizes and numbers
     # of rows that is hundreds of megabytes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -65,18 +61,6 @@ def _open_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-
-
-def _share_one_heap() -> None:
-    """Have all threads take memory from one heap, unless the environment wants it otherwise.
-
-    The GNU C library gives threads heaps of their own, in pieces of 64 MiB that tensors do not fit into well: under a
-    mixed load a server's holes go on growing. The device's thread takes most of the memory, so nobody waits for the one
-    heap.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(M_ARENA_MAX, 1)
 
 
 def _writable(home: str | None) -> bool:

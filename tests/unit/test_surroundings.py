@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -49,36 +46,6 @@ def test_somebody_elses_folder_of_that_name_is_not_used(temporary: Path, monkeyp
     prepare()
     made = Path(os.environ["HOME"])
     assert made.parent == temporary and made.is_dir() and not made.is_symlink()
-
-
-HEAPS = """
-import ctypes, re, sys, threading
-from app.surroundings import prepare
-prepare()
-kept = []
-threads = [threading.Thread(target=lambda: kept.extend(bytes(70_000) for _ in range(50))) for _ in range(4)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-libc = ctypes.CDLL(None)
-libc.fopen.restype = ctypes.c_void_p
-file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
-libc.malloc_info(0, file)
-libc.fclose(file)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only the GNU C library gives threads heaps of their own")
-@pytest.mark.parametrize(("wanted", "heaps"), [(None, {1}), ("4", {2, 3, 4})])
-def test_all_threads_share_one_heap_unless_the_environment_wants_more(
-    wanted: str | None, heaps: set[int], tmp_path: Path
-) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
-    environment |= {"MALLOC_ARENA_MAX": wanted} if wanted else {}
-    told = tmp_path / "heaps"
-    subprocess.run([sys.executable, "-c", HEAPS, str(told)], env=environment, check=True)
-    assert told.read_text().count("<heap nr=") in heaps
 
 
 def test_last_words_go_to_the_termination_log_where_there_is_one(
