@@ -26,6 +26,8 @@ FIGURES = {
     "soak": "Resident memory over twenty minutes",
 }
 """Benchmarks that draw one, and what it shows."""
+DEMANDS = (1.0, 10.0, 100.0)
+"""Images per second that replicas are counted for."""
 DATATYPES = {
     Kind.TEXT: "BYTES",
     Kind.INTEGER: "integer",
@@ -103,7 +105,7 @@ def benchmarks() -> str:
 
 def on_gpus(results: Path) -> str:
     """What was measured on GPUs, a table and a figure for each, or that nothing was."""
-    tables = sorted(path for path in results.glob("gpu-*.md") if not path.stem.endswith("-small"))
+    tables = _of_gpus(results, "md")
     if not tables:
         return (
             "Nothing was measured on a GPU yet: `make bench-gpu` does it where there is one, without a download, and "
@@ -116,8 +118,9 @@ def on_gpus(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-DEMANDS = (1.0, 10.0, 100.0)
-"""Images per second, of an example."""
+def _of_gpus(results: Path, kind: str) -> list[Path]:
+    """Files of that kind with what `make bench-gpu` measured, without those of small runs."""
+    return sorted(path for path in results.glob(f"gpu-*.{kind}") if not path.stem.endswith("-small"))
 
 
 def measured() -> str:
@@ -135,16 +138,15 @@ def measured() -> str:
 def fastest_on_gpus(results: Path) -> list[tuple[str, str, float]]:
     """Each model and its steps, the GPU, and the most images per second that were measured with ``compile``."""
     found = []
-    for path in sorted(results.glob("gpu-*.json")):
+    for path in _of_gpus(results, "json"):
         run = json.loads(path.read_text(encoding="utf-8"))
         rows = [row for row in run["rows"] if row["level"] == "compile" and "images_per_second" in row]
         best = {row["model"]: row for row in sorted(rows, key=lambda row: row["images_per_second"])}
-        if not run["small"]:
-            found += [
-                (f"{title}, {best[model]['steps']} steps", run["device"], best[model]["images_per_second"])
-                for model, title in TITLES.items()
-                if model in best
-            ]
+        found += [
+            (f"{title}, {best[model]['steps']} steps", run["device"], best[model]["images_per_second"])
+            for model, title in TITLES.items()
+            if model in best
+        ]
     return found
 
 

@@ -127,7 +127,8 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             found = [route for route in routes if isinstance(route, Route) and route.path_regex.match(request.url.path)]
             same = [route for route in found if route.path == found[0].path]
             methods = {headers["Allow"], *(name for route in same for name in route.methods or ())}
-            methods |= {"HEAD"} if "GET" in methods else set()
+            if "GET" in methods:
+                methods.add("HEAD")
             headers["Allow"] = ", ".join(sorted(methods))
         return json_response({"error": sentence}, error.status_code, headers)
 

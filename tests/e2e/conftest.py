@@ -109,6 +109,18 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**environment, **extra}
 
 
+def launch(
+    command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process in that working directory, and the file that gets what it says."""
+    log_path = folder / "server.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=clean_environment(**(env or {})), stdout=log, stderr=subprocess.STDOUT
+        )
+    return process, log_path
+
+
 DEMO_FLAGS = ("--model_id", "demo", "--model_name", "sdxl")
 
 
@@ -117,12 +129,7 @@ def running_server(
     folder: Path, *flags: str, env: Mapping[str, str] | None = None, model: Sequence[str] = DEMO_FLAGS
 ) -> Iterator[Server]:
     """A ready server of the demo model in that working directory; the last of two equal flags wins."""
-    log_path = folder / "server.log"
-    command = [sys.executable, "-m", "app", *model, "--http_port", "0", *flags]
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=clean_environment(**(env or {})), stdout=log, stderr=subprocess.STDOUT
-        )
+    process, log_path = launch([sys.executable, "-m", "app", *model, "--http_port", "0", *flags], folder, env)
     try:
         server = Server(process, log_path)
         server.wait_until_ready()

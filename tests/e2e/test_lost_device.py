@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, clean_environment
+from tests.e2e.conftest import Server, launch
 
 BODY = {"prompt": "p"}
 TIMEOUT = 60.0
@@ -25,14 +24,10 @@ def serving(folder: Path, family: str, *flags: str) -> Iterator[Server]:
     code = f"import sys, app.main, tests.fakes; app.main._load_family = lambda *_: tests.fakes.{family}(); " + (
         "sys.exit(app.main.main(sys.argv[1:]))"
     )
-    log = folder / "log"
     command = [sys.executable, "-c", code, "--model_name", "sdxl", "--http_port", "0", "--warm_up=false", *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT
-        )
+    process, log_path = launch(command, folder)
     try:
-        server = Server(process, log)
+        server = Server(process, log_path)
         server.wait_until_ready()
         yield server
     finally:

@@ -6,7 +6,6 @@ import base64
 import io
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 
 from app.engine.weights import load_family
 from app.settings import Settings
-from tests.e2e.conftest import Server, clean_environment
+from tests.e2e.conftest import Server, launch
 from tests.integration.stock import ours
 
 TIMEOUT = 120.0
@@ -59,12 +58,8 @@ class Pair(Server):
 @contextmanager
 def torchrun(folder: Path, command: tuple[str, ...], *flags: str) -> Iterator[Pair]:
     """A ready server of the demo FLUX in two processes."""
-    log_path = folder / "server.log"
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command]
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [*run, *MODEL, *flags], cwd=folder, env=clean_environment(), stdout=log, stderr=subprocess.STDOUT
-        )
+    process, log_path = launch([*run, *MODEL, *flags], folder)
     try:
         server = Pair(process, log_path)
         server.wait_until_ready()
