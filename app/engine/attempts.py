@@ -18,8 +18,6 @@ from app.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-DECODE_LOAD = 1_048_576
-"""Pixels of one decode: a VAE fills the device with one large picture, but shares well among small ones."""
 UNKNOWN = 10.0
 """How many times longer something may take that was never measured: first times compile and tune."""
 
@@ -47,7 +45,7 @@ class Attempts:
 
     Attributes:
         step_budget: pixels times rows of one forward pass, as learned.
-        decode_budget: pixels of one decode, as learned.
+        decode_budget: pixels of one decode, as the family wants it and as learned.
         operation: what goes on right now; any thread may look.
     """
 
@@ -64,7 +62,7 @@ class Attempts:
         self._step_timeout = step_timeout
         self._clock = clock
         self.step_budget = Budget(most_load)
-        self.decode_budget = Budget(min(DECODE_LOAD, most_load))
+        self.decode_budget = Budget(most_load)
         self._largest = 0
         self.operation: Operation | None = None
 

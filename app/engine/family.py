@@ -113,6 +113,10 @@ class Family(abc.ABC, Generic[J]):
             OutOfMemory: fewer jobs may fit.
         """
 
+    decode_load: int = 1_048_576
+    """Pixels of the pictures that are decoded at once, where one alone has not as many: a large picture fills a GPU,
+    small ones share it well."""
+
     decode_retries: int = 0
     """Pictures that came out as no numbers in half precision and were decoded once more in float32; counts up."""
 

@@ -26,7 +26,7 @@ from app.engine.flux_requests import FluxRequests
 from app.engine.fp8 import use_fp8
 from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.step_cache import SHORTEST, Added, StepCache, plan
-from app.engine.vae import Vae
+from app.engine.vae import CPU_DECODE_LOAD, Vae
 from app.engine.warming import warm
 from app.generation import GenerateRequest
 
@@ -99,6 +99,8 @@ class FluxFamily(Family[FluxJob]):
         )
         self.parameters = self._requests.parameters - (frozenset() if optimization.lossy else LOSSY_PARAMETERS)
         self.size_step = self._factor
+        if self._device.type == "cpu":
+            self.decode_load = CPU_DECODE_LOAD
         self.schedulers = tuple(NAMES)
         self.adapters = tuple(adapters.names) if adapters else ()
         self._embeddings: collections.OrderedDict[Prompt, Embedding] = collections.OrderedDict()

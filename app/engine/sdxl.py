@@ -25,6 +25,7 @@ from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.prompts import Embedding
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
 from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
+from app.engine.vae import CPU_DECODE_LOAD
 from app.engine.warming import warm
 from app.generation import PARAMETERS, GenerateRequest, ImageTask
 
@@ -69,6 +70,8 @@ class SdxlFamily(Family[SdxlJob]):
         self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
         self.parameters -= frozenset() if optimization.lossy else LOSSY_PARAMETERS
         self.size_step = pipeline.vae_scale_factor
+        if self._device.type == "cpu":
+            self.decode_load = CPU_DECODE_LOAD
         self.adapters = tuple(adapters.names) if adapters else ()
 
     # --- resolve -----------------------------------------------------------------------------------------------

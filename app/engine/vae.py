@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from app.engine.compiled import Compiler
 
 HALF = (torch.float16, torch.bfloat16)
+CPU_DECODE_LOAD = 65_536
+"""As `Family.decode_load`: of more pixels the activations fit no cache, which costs a CPU time as well as memory."""
 PREVIEW = 256
 """Pixels of the shorter side of a preview, about."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from app.engine.attempts import DECODE_LOAD
 from app.engine.compiled import Compiler
 from app.engine.family import Family
 from app.engine.optimization import Optimization
@@ -57,4 +56,4 @@ def _paint(family: Family[Any], width: int, height: int, rows: int) -> None:
     jobs = [family.begin(*each) for each in zip(requests, conditionings, strict=True)]
     while not jobs[0].done:
         family.step(jobs)
-    family.decode(jobs[: max(1, DECODE_LOAD // (width * height))])
+    family.decode(jobs[: max(1, family.decode_load // (width * height))])

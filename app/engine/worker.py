@@ -14,6 +14,7 @@ from app.engine import admission, policy
 from app.engine.attempts import Attempts, Operation
 from app.engine.costs import Costs
 from app.engine.family import Family
+from app.engine.memory import Budget
 from app.engine.queue import Queue
 from app.engine.ticket import Image, Ticket
 from app.generation import GenerateRequest, Pixels, PreviewKind
@@ -93,6 +94,7 @@ class Worker:
     def load(self, warm_up: bool) -> None:
         """Load the family, and with `warm_up` paint once, so that nobody's first request pays for first times."""
         self.family = self._load()
+        self._attempts.decode_budget = Budget(min(self.family.decode_load, self._attempts.step_budget.most))
         if warm_up:
             with self._timeline.phase("warm_up"):
                 self._paint_once()
