@@ -20,6 +20,8 @@ MOST_BYTES = 4096
 """Kubernetes reads no more of a termination log. Source: ``terminationMessagePath`` in the Kubernetes API."""
 KEPT = {-1: 512 * 2**20, -3: 32 * 2**20}
 """What `mallopt` is told: ``M_TRIM_THRESHOLD`` and, at its largest, ``M_MMAP_THRESHOLD``, in bytes."""
+SAID = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
+"""Variables by which somebody else may have told it."""
 
 
 def prepare() -> None:
@@ -74,7 +76,7 @@ def _keep_heap() -> None:
     thousands of pages in each pass. `app.engine.memory.trim` gives back what stays free. Others do without.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and not {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & {*os.environ}:
+    if mallopt is not None and SAID.isdisjoint(os.environ):
         for parameter, value in KEPT.items():
             mallopt(parameter, value)
 

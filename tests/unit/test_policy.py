@@ -250,6 +250,16 @@ def test_small_pictures_are_decoded_together_and_large_ones_one_by_one() -> None
     assert sorted(family.decodes) == [[0], [1], [2]]
 
 
+def test_as_many_pixels_are_decoded_together_as_the_family_wants() -> None:
+    family = Timed(Clock())
+    family.decode_load = 2 * 16 * 16
+    simulation = Simulation(family, clock=family.clock, max_batch_size=8)
+    for seed in range(4):
+        simulation.submit(seed=seed)
+    simulation.run()
+    assert sorted(map(len, family.decodes)) == [2, 2]
+
+
 def test_between_two_steps_of_the_more_urgent_only_one_group_is_decoded() -> None:
     simulation, family = measured(max_batch_size=8)
     urgent = simulation.submit(seed=50, num_inference_steps=30, priority=1)
