@@ -16,8 +16,8 @@ TRIM_EVERY = 60.0
 def trim() -> None:
     """Give the system the pages that are free in the middle of the heap.
 
-    Pictures of many sizes leave holes that the next ones do not fit into; with the GNU C library only what is free at
-    the heap's end goes back by itself, so a server under a mixed load would grow for hours. Others do without.
+    Pictures of many sizes leave holes that the next ones do not fit into, and the GNU C library gives none of them back
+    by itself, so a server that had a large load would stay large. Others do without.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
