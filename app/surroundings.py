@@ -6,7 +6,6 @@ A container may run as a user that nobody knows, on a file system of which only 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pwd
 import stat
@@ -14,14 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from app import heap
 from app.errors import InvalidSettings
 
 MOST_BYTES = 4096
 """Kubernetes reads no more of a termination log. Source: ``terminationMessagePath`` in the Kubernetes API."""
-KEPT = {-1: 512 * 2**20, -3: 32 * 2**20}
-"""What `mallopt` is told: ``M_TRIM_THRESHOLD`` and, at its largest, ``M_MMAP_THRESHOLD``, in bytes."""
-SAID = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
-"""Variables by which somebody else may have told it."""
 
 
 def prepare() -> None:
@@ -30,7 +26,7 @@ def prepare() -> None:
     # On a CPU, torch keeps code for every shape that it met, four times as many by default: with many sizes and numbers
     # of rows that is hundreds of megabytes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    _keep_heap()
+    heap.keep()
     # Libraries keep caches in the home, and ask by what name the user goes.
     if not _writable(os.environ.get("HOME")):
         os.environ["HOME"] = _temporary_home()
@@ -67,18 +63,6 @@ def _open_standard_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-
-
-def _keep_heap() -> None:
-    """On a CPU, have the next pass find the memory of this one.
-
-    By itself the GNU C library gives large tensors back to the system at once, and gets them again page by page: for
-    thousands of pages in each pass. `app.engine.memory.trim` gives back what stays free. Others do without.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and SAID.isdisjoint(os.environ):
-        for parameter, value in KEPT.items():
-            mallopt(parameter, value)
 
 
 def _writable(home: str | None) -> bool:

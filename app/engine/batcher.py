@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from app import heap
 from app.engine.costs import Costs
 from app.engine.family import Family
 from app.engine.faults import LOST
 from app.engine.finishing import Encoders
 from app.engine.idempotency import Once
-from app.engine.memory import TRIM_EVERY, trim
 from app.engine.queue import Queue, RequestStatus
 from app.engine.ticket import Listener, Ticket
 from app.engine.worker import Worker
@@ -231,8 +231,8 @@ class Batcher:
         trimmed = self._clock()
         while not self._stopped.wait(self._tick):
             self.look()
-            if self._clock() - trimmed >= TRIM_EVERY:
-                trim()
+            if self._clock() - trimmed >= heap.TRIM_EVERY:
+                heap.trim()
                 trimmed = self._clock()
 
     def look(self) -> None:

@@ -1,27 +1,13 @@
-"""How much one pass may hold, learned from the passes that did not fit; and what nobody holds. Knows no device."""
+"""How much one pass may hold, learned from the passes that did not fit. Knows no device."""
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 from app.engine.ticket import Image
 
 CAREFUL_PASSES = 100
 """Passes that must fit before more is tried again: memory may have been short for a reason that has gone."""
-TRIM_EVERY = 60.0
-"""Seconds after which the system gets back what is free; it takes some milliseconds."""
-
-
-def trim() -> None:
-    """Give the system the pages that are free in the middle of the heap.
-
-    Pictures of many sizes leave holes that the next ones do not fit into, and the GNU C library gives none of them back
-    by itself, so a server that had a large load would stay large. Others do without.
-    """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if malloc_trim is not None:
-        malloc_trim(ctypes.c_size_t(0))
 
 
 @dataclass(slots=True)

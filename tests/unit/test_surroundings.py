@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from app.surroundings import SAID, prepare, tell
+from app.surroundings import prepare, tell
 
 
 @pytest.fixture
@@ -50,25 +46,6 @@ def test_somebody_elses_folder_of_that_name_is_not_used(temporary: Path, monkeyp
     prepare()
     made = Path(os.environ["HOME"])
     assert made.parent == temporary and made.is_dir() and not made.is_symlink()
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not the GNU C library")
-def test_memory_for_large_tensors_is_not_given_back_and_fetched_again_page_by_page() -> None:
-    pages = 4 * 4 * 2**20 // resource.getpagesize()
-    code = (
-        "import resource, threading, app.surroundings as around, numpy as np\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "def use():\n"
-        "    for _ in range(3): [np.ones(2**19) for _ in range(4)]\n"
-        "    before = faults()\n"
-        "    for _ in range(10): [np.ones(2**19) for _ in range(4)]\n"
-        "    print(faults() - before)\n"
-        "around.prepare()\n"
-        "thread = threading.Thread(target=use); thread.start(); thread.join()\n"
-    )
-    outside = {name: value for name, value in os.environ.items() if name not in SAID}
-    told = subprocess.run([sys.executable, "-c", code], env=outside, capture_output=True, text=True, check=True)
-    assert int(told.stdout) < pages
 
 
 def test_last_words_go_to_the_termination_log_where_there_is_one(

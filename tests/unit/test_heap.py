@@ -1,0 +1,32 @@
+"""Memory that passes use again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from app import heap
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not the GNU C library")
+def test_memory_for_large_tensors_is_not_given_back_and_fetched_again_page_by_page() -> None:
+    pages = 4 * 4 * 2**20 // resource.getpagesize()
+    code = (
+        "import resource, threading, app.heap, numpy as np\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def use():\n"
+        "    for _ in range(3): [np.ones(2**19) for _ in range(4)]\n"
+        "    before = faults()\n"
+        "    for _ in range(10): [np.ones(2**19) for _ in range(4)]\n"
+        "    print(faults() - before)\n"
+        "app.heap.keep()\n"
+        "thread = threading.Thread(target=use); thread.start(); thread.join()\n"
+    )
+    outside = {name: value for name, value in os.environ.items() if name not in heap.VARIABLES}
+    told = subprocess.run([sys.executable, "-c", code], env=outside, capture_output=True, text=True, check=True)
+    assert int(told.stdout) < pages
