@@ -126,3 +126,9 @@ class InvalidSettings(StartupError):
 
 class ModelLoadFailed(StartupError):
     code = "model_load_failed"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of others says, short enough for a sentence of ours."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0].strip().rstrip(".:")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.errors import InvalidRequest, ModelLoadFailed
+from app.errors import InvalidRequest, ModelLoadFailed, first_line
 from app.sentences import describe, nearest
 from app.settings import ADAPTER
 
@@ -104,8 +104,7 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
                 pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
         except Exception as error:
-            lines = str(error).strip().splitlines() or [repr(error)]
-            raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {lines[0]}") from error
+            raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {first_line(error)}.") from error
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             raise ModelLoadFailed(f"The adapter in {path} has no weights for this model; name one made for it.")
         scales[name] = scale

@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils import _pytree as pytree
 
-from app.errors import ModelLoadFailed
+from app.errors import ModelLoadFailed, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,8 @@ class Compiler:
             yield
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = getattr(error, "inner_exception", error)
-            lines = str(reason).strip().splitlines() or [repr(reason)]
             raise ModelLoadFailed(
-                f"The model cannot be compiled here ({lines[0].strip().rstrip('.:')}); take --optimize safe or off."
+                f"The model cannot be compiled here ({first_line(reason)}); take --optimize safe or off."
             ) from error
         finally:
             self.warming = False

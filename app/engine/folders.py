@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from app.engine.checkpoints import AGAIN, PICKLES, SUFFIX, read_checkpoint
-from app.errors import ModelLoadFailed
+from app.errors import ModelLoadFailed, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -180,14 +180,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelLoadFailed(f"{path} cannot be read: {_first_line(error)}; {AGAIN}.") from None
+        raise ModelLoadFailed(f"{path} cannot be read: {first_line(error)}; {AGAIN}.") from None
     if not isinstance(value, dict):
         raise ModelLoadFailed(f"{path} cannot be read: it is no JSON object; {AGAIN}.")
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0].rstrip(".")
 
 
 def _names_class(entry: object) -> bool:

@@ -6,16 +6,28 @@ around them is compiled.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import ScalingType
+
+from app.errors import first_line
+
+logger = logging.getLogger(__name__)
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
 SMALLEST_SCALE = 1e-12
 MULTIPLE = 16
 """Features of a layer come in multiples of this, or the GPU has no product for it."""
+FP8_SINCE = (8, 9)
+"""CUDA compute capability from which GPUs have such products."""
+TRIAL = 256
+"""Rows, and features in and out, of the product that is tried."""
+MOST_ERROR = 0.1
+"""‖out − reference‖ / ‖reference‖ above which a kernel is broken; 8 bits give 0.04."""
 LEFT_OUT = ("norm", "emb")
 """Parts of the names of layers that stay as they are: they are small, and what they say steers all others."""
 
@@ -48,6 +60,7 @@ class Fp8Linear(nn.Module):
             self.scale,
             ScalingType.RowWise,
             output_dtype=inputs.dtype,
+            use_fast_accum=True,  # in the matrix units: their sums of 14 bits lose less than the rounding before
         )
         if self.bias is not None:
             outputs = outputs + self.bias
@@ -60,8 +73,30 @@ def quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix.float() / scale).to(DTYPE), scale
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether `device` is a GPU with such products, and this torch has a kernel for it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_SINCE and works(device)
+
+
+def works(device: torch.device) -> bool:
+    """Try one product."""
+    try:
+        with torch.inference_mode():
+            linear = nn.Linear(TRIAL, TRIAL, device=device, dtype=torch.bfloat16)
+            inputs = torch.randn(TRIAL, TRIAL, device=device, dtype=torch.bfloat16)
+            expected = linear(inputs)
+            error = float((Fp8Linear(linear)(inputs) - expected).norm() / expected.norm())
+    except Exception as failure:
+        logger.warning("matrix products in 8 bits cannot run here (%s); they are done in full", first_line(failure))
+        return False
+    if not error <= MOST_ERROR:
+        logger.warning("matrix products in 8 bits are wrong here by %.2g; they are done in full", error)
+        return False
+    return True
+
+
 def use_fp8(model: nn.Module) -> int:
-    """Replace the linear layers of `model` that it pays off for.
+    """Replace the linear layers of `model` that it pays off for, and on a GPU its convolutions likewise.
 
     Returns:
         How many they are.
@@ -78,4 +113,15 @@ def use_fp8(model: nn.Module) -> int:
     ]
     for parent, name, child in found:
         setattr(parent, name, Fp8Linear(child))
-    return len(found)
+    return len(found) + _use_fp8_convolutions(model)
+
+
+def _use_fp8_convolutions(model: nn.Module) -> int:
+    if next(model.parameters()).device.type != "cuda":
+        return 0
+    try:
+        from app.engine.fp8_convolution import use_fp8_convolutions  # with Triton, which comes with torch for GPUs
+    except ImportError as error:
+        logger.warning("convolutions in 8 bits need Triton (%s); they stay in full", error)
+        return 0
+    return use_fp8_convolutions(model)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from app.engine.checkpoints import SUFFIX
 from app.engine.folders import CLASSES, INDEX, Kind, read_index, stem
-from app.errors import ModelLoadFailed
+from app.errors import ModelLoadFailed, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -264,8 +264,8 @@ def _explain(name: str, token: str | None, error: Exception, hub: str) -> str:
         )
     if isinstance(cause, json.JSONDecodeError):
         return f"What answers at {hub} is no hub; check HF_ENDPOINT and proxies."
-    said = (str(cause).strip().splitlines() or [repr(cause)])[0].rstrip(".")
-    return f"{name} could not be downloaded from {hub} ({type(cause).__name__}: {said}); try again."
+    said = f"{type(cause).__name__}: {first_line(cause)}"
+    return f"{name} could not be downloaded from {hub} ({said}); try again."
 
 
 def _explain_status(name: str, token: str | None, error: errors.HfHubHTTPError, hub: str) -> str:

@@ -2,8 +2,8 @@
 
 `off` runs the model as it is. `safe` costs nothing but other rounding: convolutions in channels_last, and attention by
 the fastest kernel that the GPU has. `compile` costs minutes at the first start. `max` adds CUDA graphs, which cost
-memory, and matrix products in 8 bits where the chip has them, which cost a little of the picture; it is the only level
-that lets requests trade their picture for speed. Knows no model family.
+memory, and matrix products and convolutions in 8 bits where the chip has them, which cost a little of the picture; it
+is the only level that lets requests trade their picture for speed. Knows no model family.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from app.engine.fp8 import has_fp8
 from app.engine.placement import Placement
 from app.errors import ModelLoadFailed
 from app.generation import GenerateRequest
@@ -36,8 +37,6 @@ ATTENTION = [
 """The fastest first; torch passes over what a GPU or a shape does not have."""
 LOSSY_PARAMETERS = frozenset({"guidance_end"})
 """With which a request trades its picture for speed."""
-FP8_SINCE = (8, 9)
-"""CUDA compute capability from which matrix products in 8 bits are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Optimization:
         most_rows: of one forward pass.
         most_pixels: times rows, of one forward pass.
         step_cache: one of so many steps of FLUX goes through its blocks; 1 for all.
-        fp8: the UNet's or transformer's matrix products are done in 8 bits.
+        fp8: the UNet's or transformer's matrix products and convolutions are done in 8 bits.
         settled: weights lie on the device, in full, and stay; others may not be touched.
         quantization: of the UNet's or transformer's weights, as in the settings.
         backend: of ``torch.compile``.
@@ -146,7 +145,7 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         raise ModelLoadFailed(
             f"--step_cache needs all weights on the device; leave it or --device {placement.offload} out."
         )
-    fp8 = level == "max" and _has_fp8(placement)
+    fp8 = level == "max" and placement.dtype == torch.bfloat16 and has_fp8(placement.device)
     if fp8 and settings.lora:
         logger.warning("--optimize max: adapters need weights in full, so matrix products are not done in 8 bits")
         fp8 = False
@@ -159,13 +158,4 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         fp8=fp8,
         settled=placement.offload is None and placement.quantization == "none",
         quantization=placement.quantization,
-    )
-
-
-def _has_fp8(placement: Placement) -> bool:
-    device = placement.device
-    return (
-        device.type == "cuda"
-        and placement.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= FP8_SINCE
     )

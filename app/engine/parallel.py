@@ -74,8 +74,6 @@ class Parallel:
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks = ranks
         self._device = device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         # Over the network alone, so that who waits here does not keep a GPU busy.
         self._control = dist.new_group(backend="gloo", timeout=FOR_EVER)

@@ -83,6 +83,8 @@ def load_family(
     with importing("torch"):
         _import_libraries(sources, compiles=settings.optimize in ("compile", "max"))
 
+    import torch
+
     from app.engine.loading import Format, Progress
     from app.engine.optimization import choose_optimization
     from app.engine.placement import choose_placement
@@ -94,6 +96,9 @@ def load_family(
 
             settings = own_device(settings, ranks)
         placement = choose_placement(settings)
+        if placement.device.type == "cuda":
+            # What does not ask where its tensors lie works on the GPU that is its thread's own.
+            torch.cuda.set_device(placement.device)
         if ranks is not None:
             say("meeting the other processes")
             parallel = Parallel(ranks, placement.device)

@@ -7,6 +7,7 @@ GPU.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,12 @@ from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from torch import nn
 
+from app.engine import fp8
 from app.engine.adapters import Adapters
 from app.engine.compiled import Compiler
 from app.engine.family import Family
 from app.engine.flux import FluxFamily
-from app.engine.fp8 import Fp8Linear, use_fp8
+from app.engine.fp8 import Fp8Linear, has_fp8, use_fp8, works
 from app.engine.merged_adapters import MergedAdapters
 from app.engine.optimization import OFF, Optimization, choose_optimization
 from app.engine.placement import Placement
@@ -31,7 +33,7 @@ from app.errors import InvalidRequest, ModelLoadFailed, OutOfMemory
 from app.generation import GenerateRequest
 from app.parameters import check_combinations
 from app.settings import Settings
-from tests.integration.stock import mask, ours, picture, resolved
+from tests.integration.stock import mask, ours, picture, psnr, resolved
 from tests.small_models import load_demo, make_refiner
 from tests.tiny_flux import make_flux
 
@@ -90,12 +92,6 @@ def graphs() -> int:
 
 def distance(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Decibels; pictures that people cannot tell apart have 40 and more."""
-    error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
-    return 99.0 if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
 def together(family: Family[Any], requests: list[dict[str, Any]]) -> np.ndarray:
@@ -244,6 +240,26 @@ def test_eight_bit_layers_are_near_those_in_full_and_take_what_is_large() -> Non
     layers = dict(unet.named_modules())
     assert count == sum(isinstance(layer, Fp8Linear) for layer in layers.values()) > 20
     assert isinstance(layers["time_embedding.linear_1"], nn.Linear)
+
+
+def test_eight_bit_products_are_tried_before_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    assert works(cpu) and not has_fp8(cpu)
+    product = fp8.F.scaled_mm
+
+    def missing(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("Rowwise scaling is not currently supported on your device.\nException raised from ...")
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        return product(*arguments, **options) * float("nan")
+
+    for broken, complaint in ((missing, "(Rowwise scaling is not currently supported on your device)"), (wrong, "nan")):
+        monkeypatch.setattr(fp8.F, "scaled_mm", broken)
+        with caplog.at_level(logging.WARNING):
+            assert not works(cpu)
+        assert complaint in caplog.messages.pop()
 
 
 def test_guidance_ends_early_only_where_the_server_allows_it() -> None:

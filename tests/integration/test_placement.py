@@ -160,6 +160,16 @@ def test_a_gpu_computes_in_bfloat16_where_it_is_new_enough() -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_the_thread_of_a_gpu_makes_it_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(device: torch.device) -> None:
+        raise RuntimeError(f"{device} is taken, which is not here")
+
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    with pytest.raises(RuntimeError, match="cuda:1 is taken"):
+        load_family(Settings(model_id="demo", device="cuda:1"))
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_weights_are_read_to_the_gpu_unless_they_wait_on_the_cpu() -> None:
     assert choose_placement(Settings(device="cuda:1")).read_to == torch.device("cuda", 1)
     assert choose_placement(Settings(device="cpu")).read_to == CPU

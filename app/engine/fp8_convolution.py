@@ -1,0 +1,305 @@
+"""Convolutions in 8 bits, for which torch has no kernel: ours, in Triton, and only where this GPU is faster with it.
+
+A convolution is a matrix product in which each row is what a window of 3 x 3 pixels holds. The kernel never writes
+those rows down: a pixel's neighbours lie at fixed distances from it, so it reads each of the nine from there, and zeros
+beyond the edge. Each picture has a scale of its own, so that none depends on its company, and each feature's weights
+have one too.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+
+from app.engine.fp8 import MOST_ERROR, quantize
+from app.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+SIDE = 3
+"""Of the windows; a UNet computes little with others."""
+MULTIPLE = 64
+"""Channels and features come in multiples of this, so that the kernel reads whole tiles only."""
+TRIAL = (2, 128, 128)
+"""Pictures, height and width that a convolution is tried with: enough for every processor of a GPU."""
+ROUNDS = 10
+FIRST_ROUNDS = 2
+"""They compile, and bring the clocks up."""
+GAIN = 1.05
+"""How much faster it has to be, so that chance does not decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program of the kernel computes, and with how much of a processor. Changes no result.
+
+    Attributes:
+        pixels: rows of the tile.
+        features: its columns.
+        warps: of 32 threads.
+        stages: reads that are under way at a time.
+    """
+
+    pixels: int
+    features: int
+    warps: int
+    stages: int
+
+
+TILES = (Tile(128, 128, 8, 3), Tile(128, 128, 8, 4), Tile(256, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 64, 4, 4))
+"""As large as the registers allow: with larger ones the compiler puts sums into memory."""
+
+
+class Fp8Conv2d(nn.Module):
+    """A convolution of 3 x 3 windows in 8 bits, with zeros around the edge.
+
+    Args:
+        conv: whose weights it takes; its bias stays in full. See `fits`.
+        tile: that computes it.
+    """
+
+    def __init__(self, conv: nn.Conv2d, tile: Tile) -> None:
+        super().__init__()
+        weight, scale = quantize(conv.weight.detach().permute(0, 2, 3, 1).reshape(conv.out_channels, -1))
+        self.weight: torch.Tensor
+        self.scale: torch.Tensor
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.flatten())
+        self.bias = conv.bias
+        self.tile = list(astuple(tile))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """``[n, channels, h, w]`` to ``[n, features, h, w]`` in channels_last, in the dtype of `inputs`."""
+        pixels = inputs.permute(0, 2, 3, 1)
+        small, scales = quantize(pixels.reshape(len(pixels), -1))
+        small = small.reshape(pixels.shape)
+        outputs: torch.Tensor = convolve(small, self.weight, scales.flatten(), self.scale, inputs.dtype, self.tile)
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return outputs.permute(0, 3, 1, 2)
+
+
+def fits(layer: nn.Module) -> bool:
+    """Whether the kernel can compute that layer."""
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == (SIDE, SIDE)
+        and layer.stride == layer.dilation == layer.padding == (1, 1)
+        and layer.padding_mode == "zeros"
+        and layer.groups == 1
+        and not layer.in_channels % MULTIPLE
+        and not layer.out_channels % MULTIPLE
+    )
+
+
+# --- The kernel ------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolve(
+    pixels: tl.tensor,
+    weights: tl.tensor,
+    pixel_scales: tl.tensor,
+    weight_scales: tl.tensor,
+    outputs: tl.tensor,
+    count: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    channels: tl.tensor,
+    features: tl.tensor,
+    tile_pixels: tl.constexpr,
+    tile_features: tl.constexpr,
+    depth: tl.constexpr,
+) -> None:
+    """`outputs[count, features]` of `pixels[count, channels]` and `weights[features, 3, 3, channels]`."""
+    columns = features // tile_features
+    tile = tl.program_id(0)
+    pixel = tile // columns * tile_pixels + tl.arange(0, tile_pixels)
+    feature = tile % columns * tile_features + tl.arange(0, tile_features)
+    channel = tl.arange(0, depth)
+    y = pixel // width % height
+    x = pixel % width
+    parts = channels // depth
+    here = pixels + pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+    filters = weights + feature[None, :] * (9 * channels) + channel[:, None]
+    total = tl.full((tile_pixels, tile_features), 0.0, tl.float32)
+    for i in range(9 * parts):
+        place = i // parts
+        down = place // 3 - 1
+        right = place % 3 - 1
+        inside = (pixel < count) & (y + down >= 0) & (y + down < height) & (x + right >= 0) & (x + right < width)
+        distance = (down * width + right) * channels + i % parts * depth
+        window = tl.load(here + distance, mask=inside[:, None], other=0.0)
+        # Hopper's matrix units add up in 14 bits, so what they give is added to a sum in 24 each time.
+        total = tl.dot(window, tl.load(filters + i * depth), total, max_num_imprecise_acc=depth)
+    scales = tl.load(pixel_scales + pixel // (height * width), mask=pixel < count, other=0.0)
+    total = total * scales[:, None] * tl.load(weight_scales + feature)[None, :]
+    to = outputs + pixel.to(tl.int64)[:, None] * features + feature[None, :]
+    tl.store(to, total.to(outputs.dtype.element_ty), mask=(pixel < count)[:, None])
+
+
+@torch.library.custom_op("sdxl_runtime::convolve_fp8", mutates_args=())
+def convolve(
+    pixels: torch.Tensor,
+    weights: torch.Tensor,
+    pixel_scales: torch.Tensor,
+    weight_scales: torch.Tensor,
+    dtype: torch.dtype,
+    tile: list[int],
+) -> torch.Tensor:
+    """Sums over windows of 3 x 3, with zeros around the edge.
+
+    Args:
+        pixels: 8 bits, contiguous ``[n, h, w, channels]``.
+        weights: 8 bits, contiguous ``[features, 9 * channels]``.
+        pixel_scales: float32 ``[n]``.
+        weight_scales: float32 ``[features]``.
+        dtype: of the result.
+        tile: a `Tile`'s attributes in their order.
+
+    Returns:
+        ``[n, h, w, features]``.
+    """
+    pictures, height, width, channels = pixels.shape
+    count, features = pictures * height * width, len(weights)
+    tile_pixels, tile_features, warps, stages = tile
+    outputs = pixels.new_empty((pictures, height, width, features), dtype=dtype)
+    # Triton starts kernels on the thread's current GPU.
+    with torch.cuda.device_of(pixels):  # type: ignore[no-untyped-call]
+        _convolve[(triton.cdiv(count, tile_pixels) * (features // tile_features),)](
+            pixels,
+            weights,
+            pixel_scales,
+            weight_scales,
+            outputs,
+            count,
+            height,
+            width,
+            channels,
+            features,
+            tile_pixels=tile_pixels,
+            tile_features=tile_features,
+            depth=MULTIPLE if channels % (2 * MULTIPLE) else 2 * MULTIPLE,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return outputs
+
+
+@convolve.register_fake
+def _(
+    pixels: torch.Tensor,
+    weights: torch.Tensor,
+    pixel_scales: torch.Tensor,  # noqa: ARG001
+    weight_scales: torch.Tensor,  # noqa: ARG001
+    dtype: torch.dtype,
+    tile: list[int],  # noqa: ARG001
+) -> torch.Tensor:
+    return pixels.new_empty((*pixels.shape[:3], len(weights)), dtype=dtype)
+
+
+# --- The choice ------------------------------------------------------------------------------------------------
+
+Clock = Callable[[Callable[[], Any]], float]
+"""Seconds that a piece of work takes the device."""
+_lock = threading.Lock()
+_known: dict[tuple[str, int, int], Tile | None] = {}
+"""By GPU, channels and features, so that all GPUs of a kind in one server paint alike."""
+
+
+def gpu_seconds(work: Callable[[], Any]) -> float:
+    """Of the thread's current GPU's own time, the median."""
+    marks = []
+    for _ in range(FIRST_ROUNDS + ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize()
+    milliseconds: list[float] = [start.elapsed_time(end) for start, end in marks[FIRST_ROUNDS:]]
+    return statistics.median(milliseconds) / 1000
+
+
+def use_fp8_convolutions(model: nn.Module, seconds: Clock = gpu_seconds) -> int:
+    """Replace those convolutions of `model` that its GPU is faster with in 8 bits, by a trial of each kind.
+
+    Returns:
+        How many they are.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Conv2d) and fits(child)
+    ]
+    count = 0
+    # One GPU at a time: what others do meanwhile would be measured too.
+    with _lock:
+        for parent, name, conv in found:
+            kind = (torch.cuda.get_device_name(conv.weight.device), conv.in_channels, conv.out_channels)
+            if kind not in _known:
+                with torch.cuda.device_of(conv.weight):  # type: ignore[no-untyped-call]
+                    _known[kind] = fastest_tile(conv, seconds)
+            tile = _known[kind]
+            if tile is not None:
+                setattr(parent, name, Fp8Conv2d(conv, tile))
+                count += 1
+    logger.info("%d of %d convolutions are faster in 8 bits on this GPU", count, len(found))
+    return count
+
+
+@torch.inference_mode()
+def fastest_tile(conv: nn.Conv2d, seconds: Clock) -> Tile | None:
+    """The tile that computes `conv` fastest; ``None`` where torch does in full, or where the kernel fails.
+
+    Args:
+        conv: on its device.
+        seconds: measures what is done there.
+    """
+    pictures, height, width = TRIAL
+    inputs = torch.randn(pictures, conv.in_channels, height, width, device=conv.weight.device, dtype=conv.weight.dtype)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    full = seconds(lambda: conv(inputs))
+    # To find a scale and to round reads the pixels twice and writes them once in half, as compiled: about a copy.
+    quantizing = seconds(inputs.clone)
+    small, scales = quantize(inputs.permute(0, 2, 3, 1).reshape(pictures, -1))
+    small = small.reshape(pictures, height, width, -1)
+    reference = conv(inputs).float()
+    took: dict[Tile, float] = {}
+    for tile in TILES:
+        if conv.out_channels % tile.features:
+            continue
+        layer = Fp8Conv2d(conv, tile)
+
+        def product(layer: Fp8Conv2d = layer) -> Any:
+            return convolve(small, layer.weight, scales.flatten(), layer.scale, inputs.dtype, layer.tile)
+
+        try:
+            error = float((layer(inputs).float() - reference).norm() / reference.norm())
+            took[tile] = seconds(product)
+        except Exception as failure:
+            logger.warning("a convolution in 8 bits cannot run here (%s); it stays in full", first_line(failure))
+            return None
+        if not error <= MOST_ERROR:
+            logger.warning("a convolution in 8 bits is wrong here by %.2g; it stays in full", error)
+            return None
+    best = min(took, key=lambda tile: took[tile])
+    logger.info(
+        "a convolution of %d to %d channels takes %.3g ms in full, in 8 bits %.3g and %.3g to round",
+        conv.in_channels,
+        conv.out_channels,
+        full * 1e3,
+        took[best] * 1e3,
+        quantizing * 1e3,
+    )
+    return best if (took[best] + quantizing) * GAIN < full else None
