@@ -2,8 +2,8 @@
 
 A convolution is a matrix product in which each row is what a window of 3 x 3 pixels holds. The kernel never writes
 those rows down: a pixel's neighbours lie at fixed distances from it, so it reads each of the nine from there, and zeros
-beyond the edge. Each picture has a scale of its own, so that none depends on its company, and each feature's weights
-have one too.
+beyond the edge. Each feature's weights have a scale of their own. Pixels need none: they come from a norm and an
+activation, and 8 bits with exponents of their own hold numbers of that size as well as any.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from app.engine.fp8 import MOST_ERROR, quantize
+from app.engine.fp8 import DTYPE, LARGEST, MOST_ERROR, quantize
 from app.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Fp8Conv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, tile: Tile) -> None:
         super().__init__()
-        weight, scale = quantize(conv.weight.detach().permute(0, 2, 3, 1).reshape(conv.out_channels, -1))
+        weight, scale = quantize(conv.weight.detach().permute(0, 2, 3, 1).flatten(1))
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.register_buffer("weight", weight)
@@ -79,10 +80,9 @@ class Fp8Conv2d(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[n, channels, h, w]`` to ``[n, features, h, w]`` in channels_last, in the dtype of `inputs`."""
-        pixels = inputs.permute(0, 2, 3, 1)
-        small, scales = quantize(pixels.reshape(len(pixels), -1))
-        small = small.reshape(pixels.shape)
-        outputs: torch.Tensor = convolve(small, self.weight, scales.flatten(), self.scale, inputs.dtype, self.tile)
+        # What is larger would be no number at all.
+        pixels = inputs.clamp(-LARGEST, LARGEST).to(DTYPE).permute(0, 2, 3, 1).contiguous()
+        outputs: torch.Tensor = convolve(pixels, self.weight, self.scale, inputs.dtype, self.tile)
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.permute(0, 3, 1, 2)
@@ -108,8 +108,7 @@ def fits(layer: nn.Module) -> bool:
 def _convolve(
     pixels: tl.tensor,
     weights: tl.tensor,
-    pixel_scales: tl.tensor,
-    weight_scales: tl.tensor,
+    scales: tl.tensor,
     outputs: tl.tensor,
     count: tl.tensor,
     height: tl.tensor,
@@ -141,8 +140,7 @@ def _convolve(
         window = tl.load(here + distance, mask=inside[:, None], other=0.0)
         # Hopper's matrix units add up in 14 bits, so what they give is added to a sum in 24 each time.
         total = tl.dot(window, tl.load(filters + i * depth), total, max_num_imprecise_acc=depth)
-    scales = tl.load(pixel_scales + pixel // (height * width), mask=pixel < count, other=0.0)
-    total = total * scales[:, None] * tl.load(weight_scales + feature)[None, :]
+    total *= tl.load(scales + feature)[None, :]
     to = outputs + pixel.to(tl.int64)[:, None] * features + feature[None, :]
     tl.store(to, total.to(outputs.dtype.element_ty), mask=(pixel < count)[:, None])
 
@@ -151,8 +149,7 @@ def _convolve(
 def convolve(
     pixels: torch.Tensor,
     weights: torch.Tensor,
-    pixel_scales: torch.Tensor,
-    weight_scales: torch.Tensor,
+    scales: torch.Tensor,
     dtype: torch.dtype,
     tile: list[int],
 ) -> torch.Tensor:
@@ -161,8 +158,7 @@ def convolve(
     Args:
         pixels: 8 bits, contiguous ``[n, h, w, channels]``.
         weights: 8 bits, contiguous ``[features, 9 * channels]``.
-        pixel_scales: float32 ``[n]``.
-        weight_scales: float32 ``[features]``.
+        scales: of the weights, float32 ``[features]``.
         dtype: of the result.
         tile: a `Tile`'s attributes in their order.
 
@@ -178,8 +174,7 @@ def convolve(
         _convolve[(triton.cdiv(count, tile_pixels) * (features // tile_features),)](
             pixels,
             weights,
-            pixel_scales,
-            weight_scales,
+            scales,
             outputs,
             count,
             height,
@@ -199,8 +194,7 @@ def convolve(
 def _(
     pixels: torch.Tensor,
     weights: torch.Tensor,
-    pixel_scales: torch.Tensor,  # noqa: ARG001
-    weight_scales: torch.Tensor,  # noqa: ARG001
+    scales: torch.Tensor,  # noqa: ARG001
     dtype: torch.dtype,
     tile: list[int],  # noqa: ARG001
 ) -> torch.Tensor:
@@ -231,7 +225,7 @@ def gpu_seconds(work: Callable[[], Any]) -> float:
 
 
 def use_fp8_convolutions(model: nn.Module, seconds: Clock = gpu_seconds) -> int:
-    """Replace those convolutions of `model` that its GPU is faster with in 8 bits, by a trial of each kind.
+    """Replace those convolutions in ResNet blocks of `model` that its GPU is faster with in 8 bits, by a trial of each.
 
     Returns:
         How many they are.
@@ -239,8 +233,9 @@ def use_fp8_convolutions(model: nn.Module, seconds: Clock = gpu_seconds) -> int:
     found = [
         (parent, name, child)
         for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Conv2d) and fits(child)
+        if isinstance(parent, ResnetBlock2D)
+        for name, child in (("conv1", parent.conv1), ("conv2", parent.conv2))
+        if fits(child)
     ]
     count = 0
     # One GPU at a time: what others do meanwhile would be measured too.
@@ -270,10 +265,8 @@ def fastest_tile(conv: nn.Conv2d, seconds: Clock) -> Tile | None:
     inputs = torch.randn(pictures, conv.in_channels, height, width, device=conv.weight.device, dtype=conv.weight.dtype)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     full = seconds(lambda: conv(inputs))
-    # To find a scale and to round reads the pixels twice and writes them once in half, as compiled: about a copy.
-    quantizing = seconds(inputs.clone)
-    small, scales = quantize(inputs.permute(0, 2, 3, 1).reshape(pictures, -1))
-    small = small.reshape(pictures, height, width, -1)
+    # As compiled, whoever writes them rounds them.
+    pixels = inputs.to(DTYPE).permute(0, 2, 3, 1).contiguous()
     reference = conv(inputs).float()
     took: dict[Tile, float] = {}
     for tile in TILES:
@@ -282,7 +275,7 @@ def fastest_tile(conv: nn.Conv2d, seconds: Clock) -> Tile | None:
         layer = Fp8Conv2d(conv, tile)
 
         def product(layer: Fp8Conv2d = layer) -> Any:
-            return convolve(small, layer.weight, scales.flatten(), layer.scale, inputs.dtype, layer.tile)
+            return convolve(pixels, layer.weight, layer.scale, inputs.dtype, layer.tile)
 
         try:
             error = float((layer(inputs).float() - reference).norm() / reference.norm())
@@ -295,11 +288,10 @@ def fastest_tile(conv: nn.Conv2d, seconds: Clock) -> Tile | None:
             return None
     best = min(took, key=lambda tile: took[tile])
     logger.info(
-        "a convolution of %d to %d channels takes %.3g ms in full, in 8 bits %.3g and %.3g to round",
+        "a convolution of %d to %d channels takes %.3g ms in full and %.3g in 8 bits",
         conv.in_channels,
         conv.out_channels,
         full * 1e3,
         took[best] * 1e3,
-        quantizing * 1e3,
     )
-    return best if (took[best] + quantizing) * GAIN < full else None
+    return best if took[best] * GAIN < full else None

@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
 from app.engine import fp8_convolution
-from app.engine.fp8 import quantize
+from app.engine.fp8 import DTYPE, quantize
 from app.engine.fp8_convolution import TILES, Fp8Conv2d, Tile, fastest_tile, fits, use_fp8_convolutions
 from app.engine.sdxl import SdxlFamily
 from tests.integration.stock import ours, psnr
@@ -55,11 +56,9 @@ def without_gradients() -> Iterator[None]:
 
 
 def rounded(conv: nn.Conv2d, inputs: torch.Tensor) -> torch.Tensor:
-    """What torch makes of the numbers that 8 bits leave of the weights and of each picture."""
-    weight, weight_scale = quantize(conv.weight.permute(0, 2, 3, 1).reshape(conv.out_channels, -1))
-    weight = (weight.float() * weight_scale).reshape(conv.out_channels, 3, 3, -1).permute(0, 3, 1, 2)
-    pixels, scales = quantize(inputs.reshape(len(inputs), -1))
-    return F.conv2d((pixels.float() * scales).reshape(inputs.shape), weight, conv.bias, padding=1)
+    """What torch makes of the numbers that 8 bits leave of the weights and of the pixels."""
+    weight, scale = quantize(conv.weight.flatten(1))
+    return F.conv2d(inputs.to(DTYPE).float(), (weight.float() * scale).reshape(conv.weight.shape), conv.bias, padding=1)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -72,7 +71,7 @@ def test_the_kernel_is_a_convolution_of_what_8_bits_leave(
 ) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, features, 3, padding=1)
-    inputs = torch.randn(pictures, channels, height, width) * torch.logspace(-2, 2, pictures)[:, None, None, None]
+    inputs = F.silu(torch.randn(pictures, channels, height, width) * 2)
     found = Fp8Conv2d(conv, tile)(inputs)
     torch.testing.assert_close(found, rounded(conv, inputs), rtol=1e-4, atol=1e-4)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -82,10 +81,19 @@ def test_the_kernel_is_a_convolution_of_what_8_bits_leave(
 
 def test_a_picture_does_not_depend_on_its_company() -> None:
     layer = Fp8Conv2d(nn.Conv2d(64, 64, 3, padding=1), TILE)
-    inputs = torch.randn(3, 64, 6, 5) * torch.tensor([1.0, 100.0, 0.01])[:, None, None, None]
+    inputs = torch.randn(3, 64, 6, 5)
     together = layer(inputs)
     for i in range(3):
         assert torch.equal(layer(inputs[i : i + 1]), together[i : i + 1])
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0, 1e4])
+def test_numbers_that_come_from_an_activation_are_near_whatever_their_size(size: float) -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    inputs = F.silu(torch.randn(1, 64, 6, 5)) * size
+    found, expected = Fp8Conv2d(conv, TILE)(inputs), conv(inputs)
+    assert found.isfinite().all(), "what is too large is cut off"
+    assert size > 100 or (found - expected).norm() < 0.06 * expected.norm()
 
 
 def test_no_bias_and_half_precision_stay_what_they_are() -> None:
@@ -124,20 +132,17 @@ def test_it_is_compiled_as_a_part_of_its_model_for_any_number_of_rows() -> None:
 )
 def test_what_the_kernel_cannot_compute_is_left(layer: nn.Module) -> None:
     assert not fits(layer)
-    model = nn.Sequential(layer)
-    assert use_fp8_convolutions(model, seconds=clock({})) == 0
-    assert model[0] is layer
 
 
-def clock(tiles: dict[Tile, float], full: float = 1.0, quantizing: float = 0.1) -> Callable[[Callable[[], Any]], float]:
-    """Seconds of the convolution in full, of quantizing, and of each tile, whatever this machine takes."""
+def clock(tiles: dict[Tile, float], full: float = 1.0) -> Callable[[Callable[[], Any]], float]:
+    """Seconds of the convolution in full and of each tile, whatever this machine takes."""
 
     def seconds(work: Callable[[], Any]) -> float:
         work()
-        for value in getattr(work, "__defaults__", None) or ():
+        for value in work.__defaults__ or ():  # type: ignore[attr-defined]
             if isinstance(value, Fp8Conv2d):
                 return tiles.get(Tile(*value.tile), 10.0)
-        return quantizing if getattr(work, "__name__", "") == "clone" else full
+        return full
 
     return seconds
 
@@ -154,14 +159,20 @@ def test_a_tile_that_is_too_wide_is_not_tried() -> None:
     assert fastest_tile(nn.Conv2d(64, 192, 3, padding=1), clock({wide: 0.1, narrow: 0.5})) == narrow
 
 
-@pytest.mark.parametrize(("took", "taken"), [(0.80, True), (0.86, False), (2.0, False)])
-def test_in_full_where_8_bits_and_what_they_cost_are_not_clearly_faster(took: float, taken: bool) -> None:
+@pytest.mark.parametrize(("took", "taken"), [(0.9, True), (0.98, False), (2.0, False)])
+def test_in_full_where_8_bits_are_not_clearly_faster(took: float, taken: bool) -> None:
     found = fastest_tile(nn.Conv2d(64, 64, 3, padding=1), clock({TILE: took}))
     assert found == (TILE if taken else None)
 
 
+def block(channels: int, features: int) -> ResnetBlock2D:
+    return ResnetBlock2D(in_channels=channels, out_channels=features, temb_channels=None)
+
+
 def test_each_kind_is_tried_once_and_all_of_it_are_replaced() -> None:
-    model = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)), nn.Conv2d(64, 128, 3, padding=1))
+    model = nn.Sequential(
+        nn.Conv2d(64, 64, 3, padding=1), block(64, 128), block(128, 128), nn.Conv2d(128, 128, 3, padding=1)
+    )
     tried = []
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -170,8 +181,9 @@ def test_each_kind_is_tried_once_and_all_of_it_are_replaced() -> None:
 
     assert use_fp8_convolutions(model, seconds) == 4
     first = len(tried)
-    assert all(isinstance(layer, Fp8Conv2d) for layer in model)
-    assert use_fp8_convolutions(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1)), seconds) == 1
+    replaced = [name for name, layer in model.named_modules() if isinstance(layer, Fp8Conv2d)]
+    assert replaced == ["1.conv1", "1.conv2", "2.conv1", "2.conv2"], "others read what no norm has bounded"
+    assert use_fp8_convolutions(block(128, 128), seconds) == 2
     assert len(tried) == first, "what was measured on one GPU holds for others of its kind"
 
 
@@ -213,7 +225,7 @@ def test_pictures_change_a_little() -> None:
     base = load_demo()
     expected = ours(SdxlFamily(base), **asked)
     base.unet = copy.deepcopy(base.unet)
-    assert use_fp8_convolutions(base.unet, clock({TILE: 0.1})) == 4
+    assert use_fp8_convolutions(base.unet, clock({TILE: 0.1})) == 3
     found = psnr(ours(SdxlFamily(base), **asked), expected)
     assert 28 < found < 60
 
@@ -228,7 +240,7 @@ def test_it_is_machine_code_for_8_bit_matrix_units_and_keeps_its_sums_in_registe
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     tensors = {"pixels": "*fp8e4nv", "weights": "*fp8e4nv", "outputs": "*bf16"}
-    kinds = {name: tensors.get(name, "*fp32" if name.endswith("scales") else "i32") for name in KERNEL.arg_names}
+    kinds = {name: tensors.get(name, "*fp32" if name == "scales" else "i32") for name in KERNEL.arg_names}
     rows, columns, warps, stages = astuple(tile)
     constants = {"tile_pixels": rows, "tile_features": columns, "depth": depth}
     source = ASTSource(
