@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import uvicorn
 from fastapi import FastAPI, Response
 
-from app import start, surroundings
+from app import compile_cache, start, surroundings
 from app.api import documentation, edge, oip, requests, stream, v1
 from app.api.server import Connection, Server
 from app.api.serving import Serving
@@ -175,7 +175,7 @@ def _load_family(
     with timeline.phase("read"):
         wait_for_mount(settings, report)
     family = load_family(settings, report, timeline, ranks)
-    with timeline.phase("compile"):
+    with timeline.phase("compile"), compile_cache.compiling(settings.cache_dir):
         family.warm(report)
     report("warming up" if settings.warm_up else "")
     return family
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
-        surroundings.keep_compiled(settings.cache_dir)
+        compile_cache.keep(settings.cache_dir)
         ranks = find_ranks()
         if ranks is not None:
             settings = check_settings(settings, ranks)

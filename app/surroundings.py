@@ -14,7 +14,6 @@ import tempfile
 from pathlib import Path
 
 from app import heap
-from app.errors import InvalidSettings
 
 MOST_BYTES = 4096
 """Kubernetes reads no more of a termination log. Source: ``terminationMessagePath`` in the Kubernetes API."""
@@ -34,28 +33,6 @@ def prepare() -> None:
         pwd.getpwuid(os.getuid())
     except KeyError:
         os.environ.setdefault("USER", str(os.getuid()))
-
-
-def keep_compiled(folder: Path | None) -> None:
-    """Have what torch compiles kept in `folder`; to be called before torch is imported.
-
-    Raises:
-        InvalidSettings: it cannot be written to.
-    """
-    if folder is None:
-        return
-    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        try:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            writable = os.access(folder / name, os.W_OK | os.X_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            raise InvalidSettings(
-                f"--cache_dir is {folder}, where nothing can be written; mount a volume there that the user of this "
-                "server may write to, or leave it out."
-            )
-        os.environ[variable] = str(folder / name)
 
 
 def _open_standard_streams() -> None:

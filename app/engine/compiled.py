@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils import _pytree as pytree
 
 from app.errors import ModelLoadFailed, first_line
@@ -26,6 +28,12 @@ MOST_SHAPES = 256
 RUNS_OF_A_GRAPH = 3
 """The first compiles, the second records, and the third shows that it can be replayed."""
 
+FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, ConstraintViolationError)
+REFUSAL = "fail_on_recompile"
+"""How torch shall meet what it would have to compile anew, and a word of what it says then."""
+_warming = threading.Lock()
+"""That is one for all threads of a process, so the workers of several GPUs warm one after the other."""
+
 
 class Compiler:
     """Compiles the parts of one model, on the thread that runs it.
@@ -36,14 +44,14 @@ class Compiler:
     Attributes:
         warming: whether new shapes are compiled, and not run as written.
         unexpected: passes through a compiled part in a shape that it was not warmed with.
-        runs: how often each shape is to be met while warming.
+        graphs: whether a part is replayed as a CUDA graph.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
         self.warming = False
         self.unexpected = 0
-        self.runs = 1
+        self.graphs = False
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         # Two lengths that happen to be equal while warming would be taken for the same one for ever.
         symbolic_shapes.use_duck_shape = False
@@ -55,16 +63,24 @@ class Compiler:
         Raises:
             ModelLoadFailed: this machine cannot compile.
         """
-        self.warming = True
-        try:
-            yield
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            reason = getattr(error, "inner_exception", error)
-            raise ModelLoadFailed(
-                f"The model cannot be compiled here ({first_line(reason)}); take --optimize safe or off."
-            ) from error
-        finally:
-            self.warming = False
+        with _warming:
+            self.warming = True
+            torch.compiler.set_stance("default")
+            try:
+                yield
+            except FAILURES as error:
+                reason = getattr(error, "inner_exception", error)
+                raise ModelLoadFailed(
+                    f"The model cannot be compiled here ({first_line(reason)}); take --optimize safe or off."
+                ) from error
+            finally:
+                self.warming = False
+                torch.compiler.set_stance(REFUSAL)
+
+    @property
+    def runs(self) -> int:
+        """How often each shape is to be met while warming."""
+        return RUNS_OF_A_GRAPH if self.graphs else 1
 
     def compile_encoder(self, module: nn.Module) -> None:
         """A text encoder of transformers, in place; once, however many pipelines it belongs to.
@@ -86,23 +102,25 @@ class Compiler:
             graphs: replay each number of rows as a CUDA graph.
         """
         options: Any = {"triton.cudagraphs": True} if graphs and self._backend == "inductor" else None
-        if graphs:
-            self.runs = RUNS_OF_A_GRAPH
+        self.graphs = self.graphs or graphs
         compiled = torch.compile(function, fullgraph=True, backend=self._backend, options=options)
         return Compiled(self, function, compiled, lengths or {}, graphs)
 
     def compile_blocks(self, module: Any) -> Function:
         """The blocks that `module` repeats, which are compiled once for all; in place."""
         module.compile_repeated_blocks(fullgraph=True, backend=self._backend)
-        return Compiled(self, _as_written(module), module, {}, graphs=False)
+        compiled = {block: block._compiled_call_impl for block in module.modules() if block._compiled_call_impl}
 
+        def as_written(*args: Any, **kwargs: Any) -> Any:
+            for block in compiled:
+                block._compiled_call_impl = None
+            try:
+                return module(*args, **kwargs)
+            finally:
+                for block, call in compiled.items():
+                    block._compiled_call_impl = call
 
-def _as_written(module: nn.Module) -> Function:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.compiler.set_stance("force_eager"):
-            return module(*args, **kwargs)
-
-    return run
+        return Compiled(self, as_written, module, {}, graphs=False)
 
 
 class Compiled:
@@ -127,12 +145,17 @@ class Compiled:
             self._warm.add(shape)
             self._mark(args, kwargs, rows)
             return self._run(args, kwargs)
-        if shape not in self._warm:
-            self._compiler.unexpected += 1
-            self._tell(shape)
-            return self._as_written(*args, **kwargs)
-        with torch.compiler.set_stance("eager_on_recompile"):
-            return self._run(args, kwargs)
+        if shape in self._warm:
+            try:
+                return self._run(args, kwargs)
+            except RuntimeError as error:
+                if REFUSAL not in str(error):
+                    raise
+                # What was compiled asks for more than the shape tells. It will each time.
+                self._warm.remove(shape)
+        self._compiler.unexpected += 1
+        self._tell(shape)
+        return self._as_written(*args, **kwargs)
 
     def _tell(self, shape: Hashable) -> None:
         if shape not in self._told and len(self._told) < MOST_SHAPES:

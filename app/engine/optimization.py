@@ -110,12 +110,18 @@ class Optimization:
 
         return Compiler(self.backend)
 
-    def row_counts(self, pixels: int) -> tuple[int, ...]:
-        """Numbers of rows that are prepared for with pictures of that size."""
-        if self.level != "max":
-            return (1, 2)  # one alone; what is compiled for two takes any more
+    def row_counts(self, pixels: int, graphs: bool) -> tuple[int, ...]:
+        """Numbers of rows that are prepared for with pictures of that size.
+
+        Args:
+            pixels: of a picture.
+            graphs: each number is recorded by itself.
+        """
         most = max(2, min(self.most_rows, self.most_pixels // pixels))
-        return tuple(range(1, most + 1))
+        if graphs:
+            return tuple(range(1, most + 1))
+        # What is compiled for two takes more, but for some operators only so many.
+        return tuple(sorted({1, 2, most}))
 
 
 OFF = Optimization()

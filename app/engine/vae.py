@@ -102,7 +102,7 @@ class Vae:
                 "less guidance, or serve the model with another dtype."
             )
         with self._tiles(tiled):
-            compiled = None if self.module.use_tiling else self._compiled
+            compiled = None if self.module.use_tiling or self.module.use_slicing else self._compiled
             pixels = self._pixels(latents, compiled or self.module.decode)
             if pixels is None and self.module.dtype in HALF:
                 self.retries += 1

@@ -13,7 +13,6 @@ from app.generation import GenerateRequest
 PROMPTS = ("", "(weighted:1.1) words")
 """What has weights is read in another way."""
 STEPS = 2
-"""With a refiner, one for each part."""
 
 
 def warm(
@@ -36,7 +35,7 @@ def warm(
     """
     with compiler.warm():
         for width, height in optimization.sizes or (own_size,):
-            for rows in optimization.row_counts(width * height):
+            for rows in optimization.row_counts(width * height, compiler.graphs):
                 report(f"compiling for {width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}")
                 for _ in range(compiler.runs):
                     _paint(family, width, height, rows)
@@ -45,6 +44,8 @@ def warm(
 def _paint(family: Family[Any], width: int, height: int, rows: int) -> None:
     # Without guidance, so that each image brings one row.
     size: dict[str, Any] = {"width": width, "height": height}
+    if "denoising_limit" in family.parameters:
+        size["denoising_limit"] = 0.5  # a step for the base and one for the refiner, however they are spaced
     asked = [
         GenerateRequest(
             prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, num_inference_steps=STEPS, guidance_scale=1.0, **size

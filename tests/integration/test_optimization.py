@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from torch import nn
 
 from app.engine import fp8
 from app.engine.adapters import Adapters
-from app.engine.compiled import Compiler
+from app.engine.compiled import Compiled, Compiler
 from app.engine.family import Family
 from app.engine.flux import FluxFamily
 from app.engine.fp8 import Fp8Linear, has_fp8, use_fp8, works
@@ -150,17 +151,105 @@ def test_machine_code_takes_any_number_of_rows_without_compiling_again() -> None
     run = compiler.compile(layer)
     with torch.inference_mode():
         with compiler.warm():
-            for rows in (1, 2):
+            for rows in (1, 2, 32):
                 run(torch.randn(rows, 4, 16, 16))
         before = graphs()
         # Sixteen rows of sixteen pixels are where a compiler takes one for the other.
-        for rows in (1, 2, 3, 16, 5):
+        for rows in (1, 2, 3, 16, 5, 32):
             given = torch.randn(rows, 4, 16, 16)
             torch.testing.assert_close(run(given), layer(given), rtol=1e-4, atol=1e-5)
         assert (graphs(), compiler.unexpected) == (before, 0)
         given = torch.randn(2, 4, 8, 8)
         torch.testing.assert_close(run(given), layer(given))
         assert (graphs(), compiler.unexpected) == (before, 1)
+
+
+def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_is_counted() -> None:
+    torch.compiler.reset()
+    compiler = Compiler("eager")
+    run = compiler.compile(lambda rows: rows * 2 if rows.shape[0] < 10 else rows * 3)
+    with torch.inference_mode():
+        with compiler.warm():
+            for rows in (1, 2):
+                run(torch.ones(rows, 4))
+        before = graphs()
+        for count in (1, 2):
+            assert torch.equal(run(torch.ones(12, 4)), torch.full((12, 4), 3.0))
+            assert (graphs(), compiler.unexpected) == (before, count)
+
+
+def test_errors_of_what_was_compiled_are_told_as_they_are() -> None:
+    torch.compiler.reset()
+    compiler, full = Compiler(), False
+
+    @torch.compiler.disable
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        if full:
+            raise torch.OutOfMemoryError("out of memory")
+        return tensor
+
+    run = Compiled(compiler, fill, fill, {}, graphs=False)
+    with compiler.warm():
+        run(torch.ones(1))
+    full = True
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.ones(1))
+    assert compiler.unexpected == 0
+
+
+def test_replicas_that_start_at_once_compile_one_after_the_other_and_nothing_later() -> None:
+    torch.compiler.reset()
+    optimization = Optimization("compile", sizes=((64, 64),), most_rows=2, backend="eager")
+    families = [make_flux_family(optimization) for _ in range(2)]
+    failures: list[BaseException] = []
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 5, "width": 64, "height": 64}
+
+    def start(family: FluxFamily) -> None:
+        try:
+            family.warm(lambda _: None)
+            for width in (64, 128):
+                ours(family, **{**asked, "width": width})
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=start, args=(family,)) for family in families]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    counted, before = [family.unexpected_shapes for family in families], graphs()
+    assert counted[0] == counted[1] > 0, "the larger size, and no other"
+    for family in families:
+        assert distance(ours(family, **asked), ours(make_flux_family(OFF), **asked)) <= 2
+    assert ([family.unexpected_shapes for family in families], graphs()) == (counted, before)
+
+
+def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
+    pipeline = load_demo()
+    pipeline.vae.enable_slicing()
+    torch.compiler.reset()
+    family = SdxlFamily(pipeline, optimization=Optimization("compile", ((64, 64),), most_rows=4, backend="eager"))
+    family.warm(lambda _: None)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "width": 64, "height": 64}
+    many = [{**asked, "seed": seed} for seed in range(2)]
+    for found, each in zip(together(family, many), many, strict=True):
+        assert distance(found, ours(SdxlFamily(load_demo()), **each)) <= 2
+    assert family.unexpected_shapes == 0
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_refiner_is_warmed_however_steps_are_spaced(spacing: str) -> None:
+    torch.compiler.reset()
+    base = load_demo()
+    refiner = make_refiner(base)
+    for pipeline in (base, refiner):
+        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+    family = SdxlFamily(base, refiner, optimization=Optimization("compile", ((64, 64),), most_rows=2, backend="eager"))
+    family.warm(lambda _: None)
+    before = graphs()
+    ours(family, prompt=PROMPT, num_inference_steps=10, seed=5, width=64, height=64)
+    assert (graphs(), family.unexpected_shapes) == (before, 0)
 
 
 def test_what_cannot_be_compiled_is_told_in_one_sentence() -> None:
@@ -395,8 +484,10 @@ def test_what_auto_means() -> None:
     assert choose_optimization(Settings(), gpu).level == "safe"
     chosen = choose_optimization(Settings(optimize="max", warm_sizes=("64x128",), max_batch_size=3), cpu)
     assert (chosen.sizes, chosen.most_rows, chosen.fp8) == (((64, 128),), 3, False)
-    assert chosen.row_counts(64 * 128) == (1, 2, 3)
-    assert dataclasses.replace(chosen, level="compile").row_counts(64 * 128) == (1, 2)
+    assert chosen.row_counts(64 * 128, graphs=True) == (1, 2, 3)
+    many = dataclasses.replace(chosen, most_rows=32)
+    assert many.row_counts(64 * 128, graphs=False) == (1, 2, 32)
+    assert many.row_counts(2048 * 2048, graphs=False) == (1, 2, 4)
 
 
 @pytest.mark.parametrize(("offload", "quantization"), [("enable_sequential_cpu_offload", "none"), (None, "nf4")])

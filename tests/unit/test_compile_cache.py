@@ -1,0 +1,100 @@
+"""A cache of compiled code that outlives starts that were cut short."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from app.compile_cache import FOLDERS, compiling, keep
+from app.errors import InvalidSettings, ModelLoadFailed
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in FOLDERS:
+        monkeypatch.setenv(variable, "before")
+
+
+def library(folder: Path, name: str, age: float = 0.0) -> Path:
+    path = folder / "inductor" / name / f"{name}.main.so"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_compilers_are_told_where(tmp_path: Path) -> None:
+    keep(None)
+    assert {os.environ[variable] for variable in FOLDERS} == {"before"}
+    keep(tmp_path / "new")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "new" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "new" / "triton")
+    assert (tmp_path / "new" / "triton").is_dir()
+
+
+def test_a_place_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InvalidSettings, match=rf"--cache_dir is {file}, where nothing can be written"):
+        keep(file)
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    old = library(tmp_path, "old", age=60)
+    code = (
+        "import sys, time, pathlib, app.compile_cache\n"
+        "with app.compile_cache.compiling(pathlib.Path(sys.argv[1])):\n"
+        "    print('compiling', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    piece, source = library(tmp_path, "piece"), tmp_path / "inductor" / "source.py"
+    source.touch()
+    keep(tmp_path)
+    assert piece.exists(), "somebody is at it"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    keep(tmp_path)
+    assert not piece.exists()
+    assert old.exists() and source.exists()
+    again = library(tmp_path, "again")
+    keep(tmp_path)
+    assert again.exists(), "it is told once"
+
+
+def test_who_is_done_leaves_everything(tmp_path: Path) -> None:
+    with compiling(tmp_path):
+        whole = library(tmp_path, "whole")
+    keep(tmp_path)
+    assert whole.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"inductor", "triton"}
+
+
+def test_a_cache_that_may_be_why_nothing_can_be_compiled_is_emptied(tmp_path: Path) -> None:
+    library(tmp_path, "broken")
+    mine = tmp_path / "mine.txt"
+    mine.touch()
+    told = rf"^No\. What {tmp_path} held is deleted, so the next start compiles anew\.$"
+    with pytest.raises(ModelLoadFailed, match=told), compiling(tmp_path):
+        raise ModelLoadFailed("No.")
+    assert list(tmp_path.iterdir()) == [mine], "it may hold what is not ours"
+    keep(tmp_path)
+    with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(None):
+        raise ModelLoadFailed("No.")
+
+
+def test_a_full_disk_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    with compiling(tmp_path):
+        library(tmp_path, "whole")
