@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from app.engine.compiled import Compiler
 from app.engine.family import Family
 from app.engine.optimization import Optimization
+from app.errors import OutOfMemory
 from app.generation import GenerateRequest
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = ("", "(weighted:1.1) words")
 """What has weights is read in another way."""
@@ -32,13 +36,22 @@ def warm(
     Raises:
         ModelLoadFailed: this machine cannot compile.
         InvalidRequest: the model cannot paint one of the sizes.
+        OutOfMemory: the device cannot hold a single row.
     """
     with compiler.warm():
         for width, height in optimization.sizes or (own_size,):
             for rows in optimization.row_counts(width * height, compiler.graphs):
-                report(f"compiling for {width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}")
-                for _ in range(compiler.runs):
-                    _paint(family, width, height, rows)
+                what = f"{width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}"
+                report(f"compiling for {what}")
+                try:
+                    for _ in range(compiler.runs):
+                        _paint(family, width, height, rows)
+                except OutOfMemory:
+                    if rows == 1:
+                        raise
+                    # No request will be painted in passes of so many either.
+                    logger.warning("the device has too little memory for %s: passes will have fewer", what)
+                    break
 
 
 def _paint(family: Family[Any], width: int, height: int, rows: int) -> None:

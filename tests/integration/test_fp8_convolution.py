@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
 from app.engine import fp8_convolution
+from app.engine.compiled import Compiler
 from app.engine.fp8 import DTYPE, quantize
 from app.engine.fp8_convolution import TILES, Fp8Conv2d, Tile, fastest_tile, fits, use_fp8_convolutions
 from app.engine.sdxl import SdxlFamily
@@ -106,10 +107,15 @@ def test_no_bias_and_half_precision_stay_what_they_are() -> None:
 
 def test_it_is_compiled_as_a_part_of_its_model_for_any_number_of_rows() -> None:
     model = nn.Sequential(nn.SiLU(), Fp8Conv2d(nn.Conv2d(64, 64, 3, padding=1), TILE), nn.SiLU())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in (2, 3):
+    compiler = Compiler("aot_eager")
+    compiled = compiler.compile(model)
+    with compiler.warm():
+        for rows in (1, 2):
+            compiled(torch.randn(rows, 64, 4, 4))
+    for rows in (1, 2, 3):
         inputs = torch.randn(rows, 64, 4, 4)
         assert torch.equal(compiled(inputs), model(inputs))
+    assert compiler.unexpected == 0
 
 
 # --- Which convolutions ----------------------------------------------------------------------------------------

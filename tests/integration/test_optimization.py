@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -223,6 +223,29 @@ def test_replicas_that_start_at_once_compile_one_after_the_other_and_nothing_lat
     for family in families:
         assert distance(ours(family, **asked), ours(make_flux_family(OFF), **asked)) <= 2
     assert ([family.unexpected_shapes for family in families], graphs()) == (counted, before)
+
+
+@pytest.mark.parametrize("fit", [0, 2])
+def test_as_many_rows_are_warmed_as_the_device_holds(fit: int, caplog: pytest.LogCaptureFixture) -> None:
+    torch.compiler.reset()
+    family = make_flux_family(Optimization("compile", ((64, 64),), most_rows=4, backend="eager"))
+    step = family.step
+
+    def full(jobs: Sequence[Any]) -> None:
+        if len(jobs) > fit:
+            raise OutOfMemory("The device has too little memory for this request.")
+        step(jobs)
+
+    family.step = full  # type: ignore[method-assign]
+    if not fit:
+        with pytest.raises(OutOfMemory):
+            family.warm(lambda _: None)
+        return
+    with caplog.at_level(logging.WARNING):
+        family.warm(lambda _: None)
+    assert caplog.messages == ["the device has too little memory for 64 x 64 pixels, 4 rows: passes will have fewer"]
+    ours(family, prompt=PROMPT, num_inference_steps=2, seed=5, width=64, height=64)
+    assert family.unexpected_shapes == 0
 
 
 def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
