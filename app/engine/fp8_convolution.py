@@ -104,7 +104,8 @@ def fits(layer: nn.Module) -> bool:
 # --- The kernel ------------------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# One machine code for every size: no request waits for a compiler.
+@triton.jit(do_not_specialize=("count", "height", "width"))  # type: ignore[untyped-decorator]
 def _convolve(
     pixels: tl.tensor,
     weights: tl.tensor,
