@@ -29,7 +29,7 @@ PARAMETERS = frozenset(
     {
         *("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "max_sequence_length"),
         *("height", "width", "image", "mask_image", "strength", "seed", "num_images_per_prompt", "output_format"),
-        *("num_inference_steps", "guidance_scale", "true_cfg_scale", "loras"),
+        *("num_inference_steps", "guidance_scale", "guidance_end", "true_cfg_scale", "loras"),
         *("scheduler", "sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
     }
 )

@@ -20,7 +20,9 @@ import gc
 import json
 import logging
 import os
+import re
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 STEP_CACHE = "step_cache"
 """No level of ``--optimize``, but measured as one: ``safe`` with ``--step_cache 2``."""
 LEVELS = ("off", "safe", "compile", "max", STEP_CACHE)
+DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d?))?")
 UNFIT = "does not fit"
 FIRST_STEPS = 2
 """Steps of what is painted before anything is measured."""
@@ -126,6 +129,9 @@ class Setup:
     rate: float
     backend: str = "inductor"
 
+    def levels_of(self, model: Model) -> list[str]:
+        return [level for level in self.levels if level != STEP_CACHE or model.step_cache]
+
     def cases(self, model: Model) -> list[Case]:
         """In the order of what they need."""
         alone = (model.small,) if self.small else model.alone
@@ -185,15 +191,17 @@ def work_of(wave: Wave, images: int, work: Mapping[str, float]) -> float:
 def measure(name: str, setup: Setup, results: Results, save: Callable[[], None]) -> None:
     """Measure one model at all levels, put what comes out into `results`, and `save` them after every round."""
     model = MODELS[name]
+    levels = setup.levels_of(model)
+    if not levels:
+        say(name, "nothing to measure: no step of it can be left out")
+        return
     steps = setup.cases(model)[0][0]
     truth = find_truth(model, setup, steps) if setup.differences else None
     work = count_work(model, setup.small, setup.side)
     engines: dict[str, Engine] = {}
     with contextlib.ExitStack() as stack:
         made = make_models(model.folders(setup.small), setup.device, setup.dtype)
-        for level in setup.levels:
-            if level == STEP_CACHE and not model.step_cache:
-                continue
+        for level in levels:
             record: dict[str, Any] = {"model": name, "level": level}
             try:
                 engine = engines[level] = start(made, setup, setup.settings(model, level), setup.dtype)
@@ -208,6 +216,9 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
                 record |= differences(engine, setup.request(model, steps), truth)
             say(name, level, record.get("unavailable") or f"ready after {record['warm_up']:.1f} s")
             keep(results["levels"], record, ("model", "level"))
+        if not engines:
+            say(name, "nothing to measure: none of these levels is to be had here")
+            return
         for waves in take_turns(engines, setup, model):
             for (level, (steps, images)), found in waves.items():
                 row = {"model": name, "level": level, "steps": steps, "images": images}
@@ -267,7 +278,7 @@ def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> Ite
                     so_far.append(wave)
                     say(level, f"{steps} steps, {images} at a time: {wave.seconds:.3f} s")
             # Who goes first changes, so that nobody always comes after the same neighbour.
-            order.append(order.pop(0))
+            order = order[1:] + order[:1]
         if round_ >= 0:
             yield waves
 
@@ -379,29 +390,60 @@ def say(*words: Any) -> None:
     print(*words, flush=True)
 
 
+def prepare(folder: Path) -> None:
+    """Make the folder for results and try to write there: nobody wants to hear only afterwards that it was in vain.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def device_name(text: str) -> str:
+    if not DEVICES.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, not {text!r}")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS))
-    parser.add_argument("--rows", type=int, nargs="+", help="pictures at a time (default: 1 2 4 8 16; small: 1 2)")
-    parser.add_argument("--rounds", type=int, help="(default: 3; small: 1)")
+    parser.add_argument("--rows", type=count, nargs="+", help="pictures at a time (default: 1 2 4 8 16; small: 1 2)")
+    parser.add_argument("--rounds", type=count, help="(default: 3; small: 1)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--differences", action=argparse.BooleanOptionalAction, default=True, help="from float32")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; 'eager' stops before machine code")
     parser.add_argument("--small", action="store_true", help="the demo's configurations, 64 x 64, few steps")
     parser.add_argument("--out", type=Path, help="folder for the results (default on a GPU: beside this program)")
     given = parser.parse_args(arguments)
 
-    # What importing made stays, and is nothing to look through each time that a model's memory is given back.
-    gc.freeze()
-    device = choose_device(given.device)
+    try:
+        device = choose_device(given.device)
+    except ModelLoadFailed as error:
+        parser.error(str(error))
     if device.type == "cpu" and not given.small:
         parser.error("no GPU is visible here; --small runs the demo's configurations on the CPU")
     dtype = choose_dtype(given.dtype, device)
     name = name_of(device)
     out = given.out or (RESULTS if device.type == "cuda" and not given.small else None)
     path = None if out is None else out / f"gpu-{slug(name)}{'-small' if given.small else ''}.json"
+    if out is not None:
+        try:
+            prepare(out)
+        except OSError as error:
+            parser.error(f"nothing can be written to {out} ({error.strerror}); choose another --out")
+    # What importing made stays, and is nothing to look through each time that a model's memory is given back.
+    gc.freeze()
     setup = Setup(
         device=device,
         dtype=dtype,

@@ -90,7 +90,7 @@ def _cells(row: Row, level: Row) -> list[str]:
 def _together(results: Mapping[str, Any]) -> str:
     counts = sorted({row["images"] for row in results["rows"]})
     lines = [
-        f"| model | steps | level | {' | '.join(f'{count} at a time' for count in counts)} | at the floor |",
+        f"| {' | '.join(('model', 'steps', 'level', *(f'{count} at a time' for count in counts), 'at the floor'))} |",
         "|---|--:|---|" + "--:|" * (len(counts) + 1),
     ]
     for (model, steps), rows in _groups(results["rows"], "model", "steps"):

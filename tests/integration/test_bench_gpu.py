@@ -18,11 +18,21 @@ STEPS = {"sdxl": 2, "sdxl-refiner": 2, "flux-dev": 8, "flux-schnell": 2}
 FIGURES = ("seconds", "fastest", "slowest", "latency", "images_per_second", "tflop", "floor")
 
 
-def run(out: Path, *flags: str, **environment: str) -> dict[str, Any]:
-    """What stands in the file afterwards."""
+def say(out: Path, *flags: str, **environment: str) -> str:
+    """What is printed."""
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--small", "--device", "cpu", "--out", str(out), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run(out: Path, *flags: str, **environment: str) -> dict[str, Any]:
+    """What stands in the file afterwards."""
+    say(out, *flags, **environment)
+    return read(out)
+
+
+def read(out: Path) -> dict[str, Any]:
     results: dict[str, Any] = json.loads((out / "gpu-cpu-small.json").read_text())
     return results
 
@@ -39,8 +49,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(out: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((out / "gpu-cpu-small.json").read_text())
-    return read
+    return read(out)
 
 
 def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
@@ -101,6 +110,30 @@ def test_a_level_that_this_machine_has_no_compiler_for_is_said_to_be_absent(tmp_
     assert "unavailable" not in off and compiled["unavailable"].startswith("not available: The model cannot be")
     assert [(row["level"], row["images"]) for row in results["rows"]] == [("off", 1)]
     assert "| SDXL | – | `compile` | not available:" in (tmp_path / "gpu-cpu-small.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence", "absent"),
+    [
+        # Few steps, none of which the cache leaves out.
+        (("--model", "flux-schnell", "--levels", "step_cache"), "no step of it can be left out", []),
+        (("--model", "sdxl", "--levels", "compile", "max"), "none of these levels is to be had", ["compile", "max"]),
+    ],
+    ids=["no-steps-to-leave-out", "no-compiler"],
+)
+def test_where_nothing_can_be_measured_it_says_so_and_the_table_is_written(
+    tmp_path: Path, flags: tuple[str, ...], sentence: str, absent: list[str]
+) -> None:
+    no_compiler = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    out = tmp_path / "made" / "for it"
+    printed = say(out, *flags, "--no-differences", **no_compiler)
+    assert f"{flags[1]} nothing to measure: {sentence}" in printed
+    results = read(out)
+    assert [each["level"] for each in results["levels"]] == absent and results["rows"] == []
+    assert len(results["runs"]) == 1
+    table = (out / "gpu-cpu-small.md").read_text()
+    assert table in printed and table.count("not available:") == len(absent)
+    assert (out / "gpu-cpu-small.svg").exists()
 
 
 def test_a_table_and_a_figure_lie_beside_the_numbers(out: Path, results: dict[str, Any]) -> None:

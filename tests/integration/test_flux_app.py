@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from app.engine.flux import FluxFamily
+from app.engine.optimization import Optimization
 from tests.integration.stock import mask, ours, picture, png
 from tests.integration.test_app import INFER, running
 from tests.tiny_flux import make_flux
@@ -62,7 +63,16 @@ async def test_a_picture_is_painted_over_where_the_mask_says(client: httpx.Async
 async def test_metadata_lists_what_flux_takes_and_nothing_else(client: httpx.AsyncClient) -> None:
     inputs = {each["name"] for each in (await client.get("/v2/models/m")).json()["inputs"]}
     assert {"prompt", "true_cfg_scale", "max_sequence_length", "image", "mask_image", "denoising_limit"} <= inputs
-    assert not {"guidance_rescale", "clip_skip", "aesthetic_score", "loras"} & inputs
+    assert not {"guidance_rescale", "guidance_end", "clip_skip", "aesthetic_score", "loras"} & inputs
+
+
+async def test_a_server_that_may_trade_pictures_for_speed_ends_guidance_and_says_so() -> None:
+    async with running(lambda: FluxFamily(make_flux(), optimization=Optimization("max", backend="eager"))) as client:
+        assert "guidance_end" in {each["name"] for each in (await client.get("/v2/models/m")).json()["inputs"]}
+        guided = {"true_cfg_scale": 2.0, "negative_prompt": "blue"}
+        for asked, lossy in (({**guided, "guidance_end": 0.5}, "guidance_end"), (guided, None)):
+            parameters = (await client.post(INFER, json=body(**asked))).json()["parameters"]
+            assert parameters.get("lossy") == lossy
 
 
 async def test_every_example_of_the_document_is_painted(client: httpx.AsyncClient) -> None:

@@ -13,6 +13,7 @@ from app.engine.costs import rows_of
 from app.engine.flux import FluxFamily
 from app.engine.flux_requests import PARAMETERS as FLUX_PARAMETERS
 from app.engine.flux_requests import WITHOUT_EFFECT
+from app.engine.optimization import LOSSY_PARAMETERS
 from app.errors import InvalidRequest
 from app.generation import PARAMETERS, GenerateRequest, Pixels
 from app.parameters import check_combinations
@@ -145,7 +146,7 @@ def test_parameters_of_sdxl_alone_are_refused(dev: FluxFamily, name: str, value:
 
 def test_every_parameter_is_known_to_flux_or_to_sdxl_alone(dev: FluxFamily) -> None:
     assert FLUX_PARAMETERS | set(WITHOUT_EFFECT) <= set(PARAMETERS)
-    assert dev.parameters == (FLUX_PARAMETERS | set(WITHOUT_EFFECT)) - {"loras"}
+    assert dev.parameters == (FLUX_PARAMETERS | set(WITHOUT_EFFECT)) - LOSSY_PARAMETERS - {"loras"}
 
 
 @pytest.mark.parametrize(

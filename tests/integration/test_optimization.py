@@ -374,7 +374,7 @@ def test_eight_bit_products_are_tried_before_they_are_used(
         assert complaint in caplog.messages.pop()
 
 
-def test_guidance_ends_early_only_where_the_server_allows_it() -> None:
+def test_guidance_of_sdxl_ends_early_only_where_the_server_allows_it() -> None:
     base = load_demo()
     off, family = SdxlFamily(base), SdxlFamily(base, optimization=LEVELS["max"])
     asked = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
@@ -395,7 +395,7 @@ def test_guidance_ends_early_only_where_the_server_allows_it() -> None:
     assert 20 < psnr(family.decode([job])[0], full) < 60
 
 
-def test_guidance_ends_early_in_company_too() -> None:
+def test_guidance_of_sdxl_ends_early_in_company_too() -> None:
     family = SdxlFamily(load_demo(), optimization=Optimization("max", backend="eager"))
     many = [
         {"prompt": PROMPT, "num_inference_steps": 4, "seed": seed, "guidance_end": end}
@@ -409,6 +409,56 @@ def flux_demo(**options: Any) -> FluxFamily:
     return FluxFamily(
         FluxPipeline.from_pretrained(DEMO_WEIGHTS / "flux", dtype=torch.float32), optimization=Optimization(**options)
     )
+
+
+def test_guidance_of_flux_ends_early_only_where_the_server_allows_it() -> None:
+    off, family = flux_demo(), flux_demo(level="max", backend="eager")
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
+    asked = {**common, "true_cfg_scale": 2.0, "negative_prompt": "blue"}
+    with pytest.raises(InvalidRequest, match="does not take guidance_end"):
+        check_combinations(GenerateRequest(**asked, guidance_end=0.5), off.parameters)
+    check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
+    request = family.resolve(GenerateRequest(**asked, guidance_end=0.5))
+    assert family.lossy(request) == ("guidance_end",) and family.warnings(request) == ()
+    job = family.begin(request, family.encode(request))
+    rows = []
+    while not job.done:
+        rows.append(family.rows(job))
+        family.step([job])
+    assert rows == [2] * 5 + [1] * 5
+    full = ours(off, **asked)
+    assert np.array_equal(ours(off, **asked, guidance_end=1.0), full)
+    assert family.lossy(family.resolve(GenerateRequest(**asked, guidance_end=1.0))) == ()
+    assert np.array_equal(ours(off, **asked, guidance_end=0.0), ours(off, **common))
+    assert 20 < psnr(family.decode([job])[0], full) < 60
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_where_nothing_guides_there_is_no_guidance_to_end(model: str) -> None:
+    make, _ = MODELS[model]
+    family = make(LEVELS["max"])
+    # What FLUX's guidance_scale does is an input of the model, and does not end.
+    scales = {"guidance_scale": 1.0} if model == "sdxl" else {"guidance_scale": 4.0, "true_cfg_scale": 2.0}
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5, "width": 128, "height": 128}
+    request = family.resolve(GenerateRequest(**asked, **scales, guidance_end=0.5))
+    assert family.lossy(request) == ()
+    assert family.warnings(request) == family.warnings(dataclasses.replace(request, guidance_end=None))
+    assert np.array_equal(ours(family, **asked, **scales, guidance_end=0.5), ours(family, **asked, **scales))
+
+
+@pytest.mark.parametrize("step_cache", [1, 3])
+def test_guidance_of_flux_ends_early_in_company_too(step_cache: int) -> None:
+    family = flux_demo(level="max", backend="eager", step_cache=step_cache)
+    guided = {"num_inference_steps": 9, "true_cfg_scale": 2.0, "negative_prompt": "blue"}
+    many: list[dict[str, Any]] = [
+        {"prompt": PROMPT, "seed": 1, **guided, "guidance_end": 0.25},
+        {"prompt": PROMPT, "seed": 2, **guided},
+        {"prompt": "blue", "seed": 3, **guided, "guidance_end": 0.5, "negative_prompt": ""},
+        {"prompt": PROMPT, "seed": 4, **guided, "guidance_end": 0.0},
+        {"prompt": PROMPT, "seed": 5, "num_inference_steps": 9, "guidance_end": 0.5},
+    ]
+    for found, asked in zip(together(family, many), many, strict=True):
+        assert distance(found, ours(family, **asked)) <= 2
 
 
 @pytest.mark.parametrize(

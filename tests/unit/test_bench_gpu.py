@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
+import os
+import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +19,10 @@ from torch import nn
 from app.engine.family import Family
 from app.errors import OutOfMemory
 from app.settings import Settings
-from tests.benchmarks import gpu_report
+from tests.benchmarks import gpu, gpu_report
 from tests.benchmarks.devices import summarize as summarize_log
 from tests.benchmarks.engines import Engine, Wave, distance, share_weights
-from tests.benchmarks.gpu import MODELS, UNFIT, Setup, count_work, keep, read, summarize, take_turns, write
+from tests.benchmarks.gpu import LEVELS, MODELS, UNFIT, Setup, count_work, keep, read, summarize, take_turns, write
 from tests.fakes import FakeJob, Instant
 from tests.readme import fastest_on_gpus, on_gpus
 
@@ -59,6 +63,59 @@ def test_what_does_not_fit_is_said_so_and_the_rest_is_measured(engine: Engine) -
         assert all(wave.passes == {"transformer": 2 * images} for wave in found)
 
 
+def test_without_a_level_nothing_is_painted() -> None:
+    assert not any(take_turns({}, setup(1), MODELS["flux-schnell"]))
+
+
+def test_only_what_can_leave_out_steps_has_a_step_cache() -> None:
+    every = dataclasses.replace(setup(1), levels=LEVELS)
+    for name, model in MODELS.items():
+        assert every.levels_of(model) == [level for level in LEVELS if level != "step_cache" or name == "flux-dev"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--rows", "2", "0"], "argument --rows: must be a whole number of at least 1, not '0'"),
+        (["--rows", "two"], "argument --rows: must be a whole number of at least 1, not 'two'"),
+        (["--rounds", "0"], "argument --rounds: must be a whole number of at least 1, not '0'"),
+        (["--rounds=-1"], "argument --rounds: must be a whole number of at least 1, not '-1'"),
+        (["--device", "gpu"], "argument --device: must be auto, cpu, cuda or cuda:N, not 'gpu'"),
+        (["--device", "cuda:007"], "argument --device: must be auto, cpu, cuda or cuda:N, not 'cuda:007'"),
+        (["--device", "cuda"], "--device is cuda, but no GPU is visible here; use --device cpu."),
+        (["--device", "cuda:1"], "--device is cuda:1, but no GPU is visible here; use --device cpu."),
+        (["--out", f"{__file__}/results"], "results (Not a directory); choose another --out"),
+        (["--out", __file__], "(File exists); choose another --out"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delattr(gpu, "matrix_rate")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--small", "--device", "cpu", *flags])
+    assert ended.value.code == 2
+    *usage, last = capsys.readouterr().err.splitlines()
+    assert usage[0].startswith("usage: ") and last.startswith("python -m tests.benchmarks.gpu: error: ")
+    assert last.endswith(sentence)
+
+
+def test_a_folder_that_refuses_files_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # Permissions would not stop root.
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.delattr(gpu, "matrix_rate")
+    with pytest.raises(SystemExit):
+        gpu.main(["--small", "--device", "cpu", "--out", str(tmp_path)])
+    assert f"nothing can be written to {tmp_path} (No space left on device)" in capsys.readouterr().err
+
+
+def full(**_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_closed_engine_holds_no_family() -> None:
     engine = Engine(load, Settings(), CPU)
     family = weakref.ref(engine.family)
@@ -97,6 +154,17 @@ def test_copies_share_weights_and_are_changed_alone() -> None:
     one[1] = nn.Identity()
     assert one[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert other[0].weight.is_contiguous() and isinstance(other[1], nn.Linear)
+
+
+def test_a_table_of_nothing_is_a_table_all_the_same(tmp_path: Path) -> None:
+    run = {"dtype": "bfloat16", "torch": "2.13", "rounds": 3, "rate_tflops": 700.0}
+    results = read(None) | {"device": "NVIDIA H100", "side": 1024, "small": False, "runs": [run]}
+    write(results, tmp_path / "new" / "gpu-nvidia-h100.json")
+    tables = [each.splitlines() for each in (tmp_path / "new" / "gpu-nvidia-h100.md").read_text().split("\n\n")]
+    tables = [lines for lines in tables if lines[0].startswith("|")]
+    assert len(tables) == 2
+    for header, line in tables:
+        assert header.count("|") == line.count("|") and "|  |" not in header
 
 
 def test_a_difference_is_relative_to_the_reference() -> None:
