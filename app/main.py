@@ -160,6 +160,8 @@ def count_replicas(settings: Settings, count: Callable[[], int] = count_gpus) ->
 
 
 def _warn_of_small_limits(model: Model) -> None:
+    if model.family is None or model.family.only_inpaints:
+        return  # a picture has the size of the image that it comes from
     try:
         model.resolve([GenerateRequest(prompt="")])
     except RuntimeFault as fault:
