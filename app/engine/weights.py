@@ -117,6 +117,8 @@ def load_family(
         components = _load_base(base, rest, numbers, progress)
         others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
     family = _make_family(settings, placement, optimization, parallel, base, components, refiner, others, say, timeline)
+    if optimization.compiles and optimization.sizes:
+        family.rehearsal_size = optimization.sizes[0]
     if parallel is not None:
         say("waiting for the other processes")
         with timeline.phase("read"):
