@@ -82,7 +82,7 @@ def load_family(
     say("importing torch")
     sources = [source for source in (base, rest, refiner) if source is not None]
     with importing("torch"):
-        _import_libraries(sources, compiles=settings.optimize in ("compile", "max"))
+        _import_libraries(sources, compiles=settings.compiles)
 
     import torch
 
