@@ -273,10 +273,10 @@ class Settings(BaseModel):
         return tuple((int(width), int(height)) for width, height in (size.split("x") for size in self.warm_sizes))
 
     def for_replica(self, index: int, replicas: int) -> Settings:
-        """These settings for one of so many copies of the model."""
+        """These settings for one of so many copies of the model, with their number instead of ``auto``."""
         if replicas == 1 or self.device not in ("auto", "cuda"):
             return self
-        return self.model_copy(update={"device": f"cuda:{index}"})
+        return self.model_copy(update={"device": f"cuda:{index}", "replicas": replicas})
 
     @property
     def limits(self) -> Limits:

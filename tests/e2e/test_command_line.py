@@ -383,6 +383,8 @@ def test_a_broken_model_index_is_named(
 def test_a_gpu_that_is_not_there_is_told_so(tmp_path: Path) -> None:
     finished = serve(tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--model_id", "demo", "--device", "cuda")
     failed(finished, "--device is cuda, but no GPU is visible here; use --device cpu.")
+    finished = serve(tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--model_id", "demo", "--replicas", "2")
+    failed(finished, "--replicas is 2, but no GPU is visible here, and each copy of the model takes a GPU of its own")
 
 
 def test_a_size_to_compile_for_that_the_model_cannot_paint_is_told_so(tmp_path: Path) -> None:
