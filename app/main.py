@@ -30,7 +30,15 @@ from app.engine.family import Family
 from app.engine.gpus import count_gpus
 from app.engine.ranks import Ranks, check_settings, find_ranks
 from app.engine.repository import Model, Repository, State
-from app.errors import DeviceLost, InvalidSettings, RuntimeFault, StartupError
+from app.errors import (
+    DeviceLost,
+    InvalidRequest,
+    InvalidSettings,
+    ModelLoadFailed,
+    OutOfMemory,
+    RuntimeFault,
+    StartupError,
+)
 from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
 from app.settings import Settings, load_settings
@@ -160,6 +168,8 @@ def count_replicas(settings: Settings, count: Callable[[], int] = count_gpus) ->
 
 
 def _warn_of_small_limits(model: Model) -> None:
+    if model.family is None or model.family.only_inpaints:
+        return  # a picture has the size of the image that it comes from
     try:
         model.resolve([GenerateRequest(prompt="")])
     except RuntimeFault as fault:
@@ -175,10 +185,32 @@ def _load_family(
     with timeline.phase("read"):
         wait_for_mount(settings, report)
     family = load_family(settings, report, timeline, ranks)
-    with timeline.phase("compile"), compile_cache.compiling(settings.cache_dir):
-        family.warm(report)
+    with timeline.phase("compile"):
+        _warm(family, settings, report)
     report("warming up" if settings.warm_up else "")
     return family
+
+
+def _warm(family: Family[Any], settings: Settings, report: Callable[[str], None]) -> None:
+    """Compile, once all sizes are known to be the model's: some take minutes.
+
+    Raises:
+        ModelLoadFailed: it cannot paint one of the sizes, the device is too small, or this machine cannot compile.
+    """
+    for width, height in settings.warm_pictures if settings.compiles else ():
+        try:
+            family.resolve(family.rehearsal(GenerateRequest(prompt="", width=width, height=height)))
+        except InvalidRequest as error:
+            raise ModelLoadFailed(f"--warm_sizes names {width}x{height}: {error}") from None
+    try:
+        with compile_cache.compiling(settings.cache_dir):
+            family.warm(report)
+    except OutOfMemory:
+        sizes = ", ".join(settings.warm_sizes) or "the model's own"
+        raise ModelLoadFailed(
+            f"The device has too little memory to prepare for --warm_sizes ({sizes}); name smaller ones, or take "
+            "--optimize safe."
+        ) from None
 
 
 def _version() -> str:
@@ -297,6 +329,10 @@ def _serve(
     signal.signal(signal.SIGINT, stop)
     for name in settings.ignored():
         logger.info("the setting %s is accepted for KServe's sake and does nothing here", name)
+    idle = [f"--{name}" for name in ("warm_sizes", "cache_dir") if getattr(settings, name)]
+    if idle and not settings.compiles:
+        have = "has" if len(idle) == 1 else "have"
+        logger.warning("%s %s no effect: only --optimize compile and max compile anything", " and ".join(idle), have)
     host, port = listener.getsockname()[:2]
     logger.info("listening on http://%s:%d, loading model %s", host, port, settings.model_name)
     server.run(sockets=[listener])

@@ -7,6 +7,7 @@ Each field is a flag (``--max_steps 40``, ``--max-steps=40``), an environment va
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import types
@@ -226,6 +227,18 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _warm_sizes_may_be_asked_for(self) -> Settings:
+        for size, sides in zip(self.warm_sizes, self.warm_pictures, strict=True):
+            limit = None
+            if max(sides) > self.max_side:
+                limit = f"one side may have at most {self.max_side} pixels (max_side)"
+            elif math.prod(sides) > self.max_pixels:
+                limit = f"a picture may have at most {self.max_pixels} pixels (max_pixels)"
+            if limit is not None:
+                raise ValueError(f"--warm_sizes names {size}, which no request may ask for: {limit}")
+        return self
+
+    @model_validator(mode="after")
     def _replicas_choose_their_gpus(self) -> Settings:
         if self.replicas not in (1, "auto") and self.device.startswith("cuda:"):
             raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
@@ -260,10 +273,10 @@ class Settings(BaseModel):
         return tuple((int(width), int(height)) for width, height in (size.split("x") for size in self.warm_sizes))
 
     def for_replica(self, index: int, replicas: int) -> Settings:
-        """These settings for one of so many copies of the model."""
+        """These settings for one of so many copies of the model, with their number instead of ``auto``."""
         if replicas == 1 or self.device not in ("auto", "cuda"):
             return self
-        return self.model_copy(update={"device": f"cuda:{index}"})
+        return self.model_copy(update={"device": f"cuda:{index}", "replicas": replicas})
 
     @property
     def limits(self) -> Limits:
@@ -283,6 +296,11 @@ class Settings(BaseModel):
             for name, field in type(self).model_fields.items()
             if name in self.model_fields_set and (field.description or "").startswith("Accepted for KServe")
         )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether something is compiled, which `warm_sizes` and `cache_dir` are for."""
+        return self.optimize in ("compile", "max")
 
 
 # --- Where values come from ------------------------------------------------------------------------------------

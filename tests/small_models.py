@@ -1,4 +1,4 @@
-"""A small refiner with random weights, from a seed, that goes with the demo model."""
+"""Small models with random weights, from a seed, that go with the demo model: a refiner, and one that inpaints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -51,3 +52,10 @@ def make_refiner(base: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPip
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
+
+
+def make_inpainting(base: StableDiffusionXLPipeline) -> StableDiffusionXLInpaintPipeline:
+    """A model that only inpaints: its UNet sees the mask and the masked picture in five channels more."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel.from_config({**base.unet.config, "in_channels": 9})
+    return StableDiffusionXLInpaintPipeline(**{**base.components, "unet": unet.eval()})

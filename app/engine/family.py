@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from app.engine.scheduler_names import NAMES
-from app.generation import PARAMETERS, GenerateRequest
+from app.generation import PARAMETERS, GenerateRequest, Pixels
 
 
 @dataclass(slots=True)
@@ -39,6 +39,7 @@ class Job:
 
 
 J = TypeVar("J", bound=Job)
+GREY, WHITE = b"\x80", b"\xff"
 
 
 class Family(abc.ABC, Generic[J]):
@@ -59,6 +60,13 @@ class Family(abc.ABC, Generic[J]):
     adapters: tuple[str, ...] = ()
     """Names of the LoRA adapters that are loaded."""
 
+    only_inpaints: bool = False
+    """Whether requests without an image and a mask are refused."""
+
+    rehearsal_size: tuple[int, int] | None = None
+    """Width and height of what the server paints for itself: where some sizes are compiled for, one of these. ``None``
+    is what `resolve` fills in."""
+
     interleaves: bool = True
     """False where going from one job to another is costly, because weights move to the device and back: the batcher
     then finishes what it began before it lets others in."""
@@ -70,6 +78,22 @@ class Family(abc.ABC, Generic[J]):
         Raises:
             InvalidRequest: the model cannot do this; the sentence says what it can do.
         """
+
+    def rehearsal(self, request: GenerateRequest) -> GenerateRequest:
+        """`request`, which nobody sent, with what the model wants besides; not resolved.
+
+        It gets the size of a rehearsal, unless it has one; where the model only inpaints, a grey picture and a mask
+        that covers it, with all steps to do.
+        """
+        width, height = self.rehearsal_size or (None, None)
+        request = replace(request, width=request.width or width, height=request.height or height)
+        if not self.only_inpaints:
+            return request
+        assert request.width and request.height
+        pixels = request.width * request.height
+        image = Pixels(GREY * 3 * pixels, request.height, request.width)
+        mask = Pixels(WHITE * pixels, request.height, request.width, channels=1)
+        return replace(request, image=image, mask_image=mask, strength=1.0)
 
     def warm(self, report: Callable[[str], None]) -> None:
         """Compile what is to be compiled; called once, before anything else on the device.

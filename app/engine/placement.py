@@ -91,8 +91,32 @@ def choose_placement(settings: Settings) -> Placement:
         logger.warning("--device is %s, but no GPU is visible here: the model runs on the CPU, all of it", offload)
         device, offload = torch.device("cpu"), None
     else:
+        if settings.device.startswith("cuda"):
+            _check_replicas(settings.replicas)
         device = choose_device("cuda" if offload else settings.device)
     return Placement(device, choose_dtype(settings.dtype, device), offload, settings.quantization)
+
+
+def _check_replicas(replicas: int | str) -> None:
+    """Refuse more copies than there are GPUs, in the same words whichever of them is asked first.
+
+    Raises:
+        ModelLoadFailed: there are fewer.
+    """
+    count = torch.cuda.device_count()
+    if replicas in (1, "auto") or int(replicas) <= count:
+        return
+    raise ModelLoadFailed(
+        f"--replicas is {replicas}, but {_visible(count)} here, and each copy of the model takes a GPU of its own; "
+        "lower it or leave it out."
+    )
+
+
+def _visible(count: int) -> str:
+    """Such as ``only 2 GPUs are visible``."""
+    if count > 1:
+        return f"only {count} GPUs are visible"
+    return "only one GPU is visible" if count else "no GPU is visible"
 
 
 def choose_device(name: str) -> torch.device:
@@ -101,10 +125,9 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        if count == 0:
-            raise ModelLoadFailed(f"--device is {name}, but no GPU is visible here; use --device cpu.")
         if (device.index or 0) >= count:
-            raise ModelLoadFailed(f"--device is {name}, but only {count} GPUs are visible here, counted from 0.")
+            hint = ", counted from 0" if count else "; use --device cpu"
+            raise ModelLoadFailed(f"--device is {name}, but {_visible(count)} here{hint}.")
         device = torch.device("cuda", device.index or 0)
     return device
 

@@ -69,7 +69,7 @@ def check_settings(settings: Settings, ranks: Ranks) -> Settings:
         raise InvalidSettings(
             f"{several}, each on a GPU of its own, so --device {settings.device} cannot be; take auto, cuda or cpu."
         )
-    if settings.optimize in ("compile", "max"):
+    if settings.compiles:
         raise InvalidSettings(f"{several}, which cannot be compiled; take --optimize safe or off.")
     if settings.step_cache > 1:
         raise InvalidSettings(f"{several}, which goes without --step_cache; leave it out.")

@@ -66,6 +66,8 @@ class SdxlFamily(Family[SdxlJob]):
         self._inpaint = StableDiffusionXLInpaintPipeline(**pipeline.components)
         self._requests = SdxlRequests(self._base, self._refiner, adapters.names if adapters else ())
         self.maxima = {"clip_skip": self._requests.most_clip_skip}
+        self.only_inpaints = self._requests.only_inpaints
+        self.rehearsal_size = (self._requests.own_size, self._requests.own_size)
         # The refiner's stay without one: callers who do not know what is loaded send them all the same.
         self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
         self.parameters -= frozenset() if optimization.lossy else LOSSY_PARAMETERS

@@ -45,6 +45,8 @@ class SdxlRequests:
         self._adapters = adapters
         self._factor: int = base.pipeline.vae_scale_factor
         self.own_size = int(base.pipeline.default_sample_size * self._factor)
+        channels = base.vae.module.config.latent_channels
+        self.only_inpaints: bool = base.unet.config.in_channels != channels
         encoders = filter(None, (base.pipeline.text_encoder, base.pipeline.text_encoder_2))
         self.most_clip_skip = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
         self._defaults = {
@@ -124,8 +126,7 @@ class SdxlRequests:
             raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {describe(clip_skip)}.")
 
     def _check_image(self, request: GenerateRequest) -> None:
-        channels = self._base.vae.module.config.latent_channels
-        if self._base.unet.config.in_channels != channels and request.mask_image is None:
+        if self.only_inpaints and request.mask_image is None:
             raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
         if request.strength is not None and request.num_inference_steps is not None:
             steps = request.num_inference_steps

@@ -65,7 +65,7 @@ def _paint(family: Family[Any], width: int, height: int, rows: int) -> None:
         )
         for seed in range(rows)
     ]
-    requests = [family.resolve(request) for request in asked]
+    requests = [family.resolve(family.rehearsal(request)) for request in asked]
     conditionings = family.encode_all(requests)
     jobs = [family.begin(*each) for each in zip(requests, conditionings, strict=True)]
     while not jobs[0].done:

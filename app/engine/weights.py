@@ -6,6 +6,7 @@ HTTP meanwhile.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -81,7 +82,7 @@ def load_family(
     say("importing torch")
     sources = [source for source in (base, rest, refiner) if source is not None]
     with importing("torch"):
-        _import_libraries(sources, compiles=settings.optimize in ("compile", "max"))
+        _import_libraries(sources, compiles=settings.compiles)
 
     import torch
 
@@ -116,6 +117,8 @@ def load_family(
         components = _load_base(base, rest, numbers, progress)
         others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
     family = _make_family(settings, placement, optimization, parallel, base, components, refiner, others, say, timeline)
+    if optimization.compiles and optimization.sizes:
+        family.rehearsal_size = optimization.sizes[0]
     if parallel is not None:
         say("waiting for the other processes")
         with timeline.phase("read"):
@@ -362,12 +365,13 @@ def _make_family(
     if base.kind is Kind.FLUX:
         pipeline = diffusers.FluxPipeline(**components)
     else:
-        pipeline = diffusers.StableDiffusionXLPipeline(**components, **_options(base), add_watermarker=False)
+        kind = diffusers.StableDiffusionXLPipeline
+        pipeline = kind(**components, **_options(base, kind), add_watermarker=False)
     second = None
     if refiner is not None and others is not None:
-        second = diffusers.StableDiffusionXLImg2ImgPipeline(
-            text_encoder=None, tokenizer=None, **others, **_options(refiner), add_watermarker=False
-        )
+        kind = diffusers.StableDiffusionXLImg2ImgPipeline
+        options = _options(refiner, kind)
+        second = kind(text_encoder=None, tokenizer=None, **others, **options, add_watermarker=False)
     # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
     with timeline.phase("read"), ONE_AT_A_TIME:
         adapters = load_adapters(pipeline, settings.lora)
@@ -401,10 +405,13 @@ def _make_family(
     return family
 
 
-def _options(source: Source) -> dict[str, bool]:
+def _options(source: Source, pipeline: type[Any]) -> dict[str, bool]:
+    """What the source's index says, as far as `pipeline` takes it: the index may be another pipeline's."""
     from app.engine.loading import pipeline_options
 
-    return pipeline_options(source.path if isinstance(source, ModelFolder) else source.config)
+    options = pipeline_options(source.path if isinstance(source, ModelFolder) else source.config)
+    taken = inspect.signature(pipeline.__init__).parameters
+    return {name: value for name, value in options.items() if name in taken}
 
 
 def _parts(sources: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

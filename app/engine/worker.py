@@ -100,7 +100,8 @@ class Worker:
                 self._paint_once()
 
     def _paint_once(self) -> None:
-        request = self.family.resolve(GenerateRequest(prompt="", seed=0, num_inference_steps=WARM_STEPS))
+        request = self.family.rehearsal(GenerateRequest(prompt="", seed=0, num_inference_steps=WARM_STEPS))
+        request = self.family.resolve(request)
         image = Image(Ticket([request], 0.0, 0.0, self._queue), request, 0)
         for _ in range(2):
             job = self.family.begin(request, self.family.encode(request))

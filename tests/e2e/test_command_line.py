@@ -234,6 +234,14 @@ def test_variables_of_others_do_not_matter() -> None:
             ["--lora", "style.safetensors"],
             ["--lora is 'style.safetensors', but it must be NAME=PATH or NAME=PATH:SCALE"],
         ),
+        (
+            ["--warm_sizes", "1024x1024,64x4096"],
+            ["--warm_sizes names 64x4096, which no request may ask for: one side may have at most 2048", "(max_side)."],
+        ),
+        (
+            ["--warm_sizes", "64x64,128x64", "--max_pixels", "4096"],
+            ["--warm_sizes names 128x64, which no request may ask for: a picture may have at most 4096 pixels ("],
+        ),
         (["--max_images_per_request", "200"], ["max_images_per_request (200) must not be more than max_queue (128)"]),
         (["--max_queue", "4"], ["max_images_per_request (16) must not be more than max_queue (4)"]),
     ],
@@ -375,6 +383,32 @@ def test_a_broken_model_index_is_named(
 def test_a_gpu_that_is_not_there_is_told_so(tmp_path: Path) -> None:
     finished = serve(tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--model_id", "demo", "--device", "cuda")
     failed(finished, "--device is cuda, but no GPU is visible here; use --device cpu.")
+    finished = serve(tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--model_id", "demo", "--replicas", "2")
+    failed(finished, "--replicas is 2, but no GPU is visible here, and each copy of the model takes a GPU of its own")
+
+
+def test_a_size_to_compile_for_that_the_model_cannot_paint_is_told_so(tmp_path: Path) -> None:
+    finished = serve(tmp_path, {}, "--model_id", "demo", "--optimize", "compile", "--warm_sizes", "64x64,100x128")
+    failed(finished, "--warm_sizes names 100x128: width must be a multiple of 8, not 100; the nearest fitting: 96")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--warm_sizes", "64x64"], "--warm_sizes has"),
+        (["--warm_sizes", "64x64", "--cache_dir", "cache", "--optimize", "safe"], "--warm_sizes and --cache_dir have"),
+        (["--warm_sizes", "64x64", "--cache_dir", "cache", "--optimize", "max"], ""),
+        (["--optimize", "off"], ""),
+    ],
+)
+def test_what_is_for_compiling_alone_is_told_where_nothing_is_compiled(
+    tmp_path: Path, without_torch: dict[str, str], flags: list[str], names: str
+) -> None:
+    said = serve(tmp_path, without_torch, "--model_id", "nothing", *flags).stderr
+    warned = [line for line in said.splitlines() if " WARNING " in line]
+    assert len(warned) == bool(names)
+    for line in warned:
+        assert f" {names} no effect: only --optimize compile and max compile anything" in line
 
 
 # --- KServe's flags and the key, on a running server -----------------------------------------------------------

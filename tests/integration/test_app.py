@@ -39,7 +39,8 @@ async def running(
     options: dict[str, Any] = {"model_name": "m", "warm_up": False, "grace_period": 1.0, **settings}
     app = create_app(Settings(**options), load=load)
     async with app.router.lifespan_context(app), client_of(app) as client:
-        while until_ready and (await client.get("/v2/health/ready")).status_code != 200:
+        while until_ready and (answer := await client.get("/v2/health/ready")).status_code != 200:
+            assert "failed" not in answer.text
             await asyncio.sleep(0.005)
         yield client
 

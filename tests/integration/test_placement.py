@@ -159,6 +159,31 @@ def test_a_gpu_computes_in_bfloat16_where_it_is_new_enough() -> None:
         choose_placement(Settings(device="cuda:2"))
 
 
+@pytest.mark.parametrize(
+    ("count", "visible"), [(0, "no GPU is visible"), (1, "only one GPU is visible"), (2, "only 2 GPUs are visible")]
+)
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("replicas", [3, "auto"])
+def test_every_copy_of_too_many_says_the_same(
+    monkeypatch: pytest.MonkeyPatch, count: int, visible: str, device: str, replicas: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    settings = Settings(replicas=replicas, device=device)
+    for index in range(3):
+        with pytest.raises(ModelLoadFailed, match=f"^--replicas is 3, but {visible} here, and each copy"):
+            choose_placement(settings.for_replica(index, 3))
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_as_many_copies_as_gpus_have_one_each_and_those_on_the_cpu_need_none() -> None:
+    for index in range(2):
+        placement = choose_placement(Settings(replicas=2).for_replica(index, 2))
+        assert placement.device == torch.device("cuda", index)
+    assert choose_placement(Settings(replicas=3, device="cpu").for_replica(2, 3)).device == CPU
+
+
 @pytest.mark.usefixtures("two_gpus")
 def test_the_thread_of_a_gpu_makes_it_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def take(device: torch.device) -> None:
