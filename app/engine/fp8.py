@@ -7,6 +7,7 @@ around them is compiled.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -80,17 +81,28 @@ def has_fp8(device: torch.device) -> bool:
 
 def works(device: torch.device) -> bool:
     """Try one product."""
+    with torch.inference_mode():
+        linear = nn.Linear(TRIAL, TRIAL, device=device, dtype=torch.bfloat16)
+        inputs = torch.randn(TRIAL, TRIAL, device=device, dtype=torch.bfloat16)
+        return is_right("a matrix product", lambda: Fp8Linear(linear)(inputs), linear(inputs))
+
+
+def is_right(what: str, attempt: Callable[[], torch.Tensor], reference: torch.Tensor) -> bool:
+    """Whether an attempt in 8 bits runs, and gives about what it should; if not, the log says why.
+
+    Args:
+        what: is attempted.
+        attempt: gives what is in the place of `reference`.
+        reference: what comes out in full.
+    """
     try:
-        with torch.inference_mode():
-            linear = nn.Linear(TRIAL, TRIAL, device=device, dtype=torch.bfloat16)
-            inputs = torch.randn(TRIAL, TRIAL, device=device, dtype=torch.bfloat16)
-            expected = linear(inputs)
-            error = float((Fp8Linear(linear)(inputs) - expected).norm() / expected.norm())
+        expected = reference.float()
+        error = float((attempt().float() - expected).norm() / expected.norm())
     except Exception as failure:
-        logger.warning("matrix products in 8 bits cannot run here (%s); they are done in full", first_line(failure))
+        logger.warning("%s in 8 bits cannot run here (%s); it stays in full", what, first_line(failure))
         return False
     if not error <= MOST_ERROR:
-        logger.warning("matrix products in 8 bits are wrong here by %.2g; they are done in full", error)
+        logger.warning("%s in 8 bits is wrong here by %.2g; it stays in full", what, error)
         return False
     return True
 

@@ -8,6 +8,7 @@ activation, and 8 bits with exponents of their own hold numbers of that size as 
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 import threading
@@ -21,8 +22,7 @@ import triton.language as tl
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from app.engine.fp8 import DTYPE, LARGEST, MOST_ERROR, quantize
-from app.errors import first_line
+from app.engine.fp8 import DTYPE, LARGEST, is_right, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,15 @@ class Fp8Conv2d(nn.Module):
         """``[n, channels, h, w]`` to ``[n, features, h, w]`` in channels_last, in the dtype of `inputs`."""
         # What is larger would be no number at all.
         pixels = inputs.clamp(-LARGEST, LARGEST).to(DTYPE).permute(0, 2, 3, 1).contiguous()
-        outputs: torch.Tensor = convolve(pixels, self.weight, self.scale, inputs.dtype, self.tile)
+        outputs = self.product(pixels, inputs.dtype)
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.permute(0, 3, 1, 2)
+
+    def product(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """8 bits ``[n, h, w, channels]`` to ``[n, h, w, features]`` of `dtype`, without the bias."""
+        outputs: torch.Tensor = convolve(pixels, self.weight, self.scale, dtype, self.tile)
+        return outputs
 
 
 def fits(layer: nn.Module) -> bool:
@@ -268,25 +273,15 @@ def fastest_tile(conv: nn.Conv2d, seconds: Clock) -> Tile | None:
     full = seconds(lambda: conv(inputs))
     # As compiled, whoever writes them rounds them.
     pixels = inputs.to(DTYPE).permute(0, 2, 3, 1).contiguous()
-    reference = conv(inputs).float()
+    reference = conv(inputs)
     took: dict[Tile, float] = {}
     for tile in TILES:
         if conv.out_channels % tile.features:
             continue
         layer = Fp8Conv2d(conv, tile)
-
-        def product(layer: Fp8Conv2d = layer) -> Any:
-            return convolve(pixels, layer.weight, layer.scale, inputs.dtype, layer.tile)
-
-        try:
-            error = float((layer(inputs).float() - reference).norm() / reference.norm())
-            took[tile] = seconds(product)
-        except Exception as failure:
-            logger.warning("a convolution in 8 bits cannot run here (%s); it stays in full", first_line(failure))
+        if not is_right("a convolution", functools.partial(layer, inputs), reference):
             return None
-        if not error <= MOST_ERROR:
-            logger.warning("a convolution in 8 bits is wrong here by %.2g; it stays in full", error)
-            return None
+        took[tile] = seconds(functools.partial(layer.product, pixels, inputs.dtype))
     best = min(took, key=lambda tile: took[tile])
     logger.info(
         "a convolution of %d to %d channels takes %.3g ms in full and %.3g in 8 bits",

@@ -136,7 +136,7 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
     level = settings.optimize
     if level == "auto":
         level = "safe" if placement.device.type == "cuda" else "off"
-    if level in ("compile", "max"):
+    if settings.compiles:
         if placement.offload is not None:
             raise ModelLoadFailed(
                 f"--optimize {level} needs all weights on the device; leave --device {placement.offload} out or take "

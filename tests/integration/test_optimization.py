@@ -107,6 +107,16 @@ def together(family: Family[Any], requests: list[dict[str, Any]]) -> np.ndarray:
     return family.decode(jobs)
 
 
+def painted(family: Family[Any], request: GenerateRequest) -> tuple[Any, list[int]]:
+    """A job that is done, and the rows of each of its steps."""
+    job = family.begin(request, family.encode(request))
+    rows = []
+    while not job.done:
+        rows.append(family.rows(job))
+        family.step([job])
+    return job, rows
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_level_paints_the_pictures_of_off_and_compiles_nothing_after_warming_up(model: str, level: str) -> None:
@@ -251,9 +261,8 @@ def test_as_many_rows_are_warmed_as_the_device_holds(fit: int, caplog: pytest.Lo
 def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
     pipeline = load_demo()
     pipeline.vae.enable_slicing()
-    torch.compiler.reset()
-    family = SdxlFamily(pipeline, optimization=Optimization("compile", ((64, 64),), most_rows=4, backend="eager"))
-    family.warm(lambda _: None)
+    optimization = Optimization("compile", ((64, 64),), most_rows=4, backend="eager")
+    family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "width": 64, "height": 64}
     many = [{**asked, "seed": seed} for seed in range(2)]
     for found, each in zip(together(family, many), many, strict=True):
@@ -263,13 +272,12 @@ def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_a_refiner_is_warmed_however_steps_are_spaced(spacing: str) -> None:
-    torch.compiler.reset()
     base = load_demo()
     refiner = make_refiner(base)
     for pipeline in (base, refiner):
         pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
-    family = SdxlFamily(base, refiner, optimization=Optimization("compile", ((64, 64),), most_rows=2, backend="eager"))
-    family.warm(lambda _: None)
+    optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
+    family = warmed(lambda chosen: SdxlFamily(base, refiner, optimization=chosen), optimization)
     before = graphs()
     ours(family, prompt=PROMPT, num_inference_steps=10, seed=5, width=64, height=64)
     assert (graphs(), family.unexpected_shapes) == (before, 0)
@@ -383,11 +391,7 @@ def test_guidance_of_sdxl_ends_early_only_where_the_server_allows_it() -> None:
     check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
     request = family.resolve(GenerateRequest(**asked, guidance_end=0.5))
     assert family.lossy(request) == ("guidance_end",)
-    job = family.begin(request, family.encode(request))
-    rows = []
-    while not job.done:
-        rows.append(family.rows(job))
-        family.step([job])
+    job, rows = painted(family, request)
     assert rows == [2] * 5 + [1] * 5
     full = ours(off, **asked)
     assert np.array_equal(ours(off, **asked, guidance_end=1.0), full)
@@ -420,11 +424,7 @@ def test_guidance_of_flux_ends_early_only_where_the_server_allows_it() -> None:
     check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
     request = family.resolve(GenerateRequest(**asked, guidance_end=0.5))
     assert family.lossy(request) == ("guidance_end",) and family.warnings(request) == ()
-    job = family.begin(request, family.encode(request))
-    rows = []
-    while not job.done:
-        rows.append(family.rows(job))
-        family.step([job])
+    job, rows = painted(family, request)
     assert rows == [2] * 5 + [1] * 5
     full = ours(off, **asked)
     assert np.array_equal(ours(off, **asked, guidance_end=1.0), full)
