@@ -1,6 +1,8 @@
 """The command ``sdxl-runtime``, also as ``python -m app``: serves, or asks a running server how it is."""
 
+import signal
 import sys
+from types import FrameType
 
 
 def main() -> int:
@@ -14,12 +16,18 @@ def main() -> int:
 
         return health.main(sys.argv[2:])
 
+    # Until the server has a handler of its own. As the first process of a container it would miss the signal otherwise.
+    signal.signal(signal.SIGTERM, _stop)
     from app.start import importing
 
     with importing("fastapi"):
         from app.main import main as serve
 
     return serve(sys.argv[1:])
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    sys.exit(0)
 
 
 if __name__ == "__main__":

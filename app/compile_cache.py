@@ -2,6 +2,7 @@
 
 The C++ compiler writes its libraries in place. One that was killed leaves a piece, which every later start would load
 and fail with; so whoever compiles leaves a mark until it is done, and what a mark without an owner tells of is removed.
+A second one in a row that has written nothing may have died of what it has read, and all of it goes.
 """
 
 from __future__ import annotations
@@ -15,21 +16,37 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.errors import InvalidSettings, ModelLoadFailed
+from app.errors import GenerationFailed, InvalidSettings, ModelLoadFailed, OutOfMemory
+from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Where the compilers keep what they made, by the variables that tell them."""
 MARK = "compiling-"
+SUSPECT = "cut-short"
+"""Is there after a start that was cut short and had written nothing, until one gets through."""
 
 
-def keep(folder: Path | None) -> None:
-    """Have what torch compiles kept in `folder`; to be called before torch is imported.
+def folder_of(settings: Settings) -> Path | None:
+    """Where these settings have it kept; ``None`` where nothing is compiled, or the environment says another place.
+
+    Without ``--cache_dir`` that is among the caches of the user, as the compilers' own usual places have no marks.
+    """
+    if settings.cache_dir is not None or not settings.compiles:
+        return settings.cache_dir
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-runtime"
+    chosen = any(os.environ.get(each, str(usual / name)) != str(usual / name) for each, name in FOLDERS.items())
+    return None if chosen else usual
+
+
+def keep(settings: Settings) -> None:
+    """Have what torch compiles kept where `settings` say; to be called before torch is imported.
 
     Raises:
-        InvalidSettings: it cannot be written to.
+        InvalidSettings: nothing can be written there.
     """
+    folder = folder_of(settings)
     if folder is None:
         return
     for variable, name in FOLDERS.items():
@@ -38,6 +55,8 @@ def keep(folder: Path | None) -> None:
             writable = os.access(folder / name, os.W_OK | os.X_OK)
         except OSError:
             writable = False
+        if not writable and settings.cache_dir is None:
+            return
         if not writable:
             raise InvalidSettings(
                 f"--cache_dir is {folder}, where nothing can be written; mount a volume there that the user of this "
@@ -55,7 +74,7 @@ def compiling(folder: Path | None) -> Iterator[None]:
     Raises:
         ModelLoadFailed: as from inside.
     """
-    if folder is None:
+    if folder is None or not folder.is_dir():
         yield
         return
     mark = None
@@ -66,9 +85,14 @@ def compiling(folder: Path | None) -> Iterator[None]:
         mark = (number, Path(name))
     try:
         yield
-    except ModelLoadFailed as error:
-        for name in FOLDERS.values():
-            shutil.rmtree(folder / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (folder / SUSPECT).unlink(missing_ok=True)
+    except OutOfMemory:
+        raise
+    except (ModelLoadFailed, GenerationFailed) as error:
+        if any(_in_use(each) for each in folder.glob(f"{MARK}*") if mark is None or each != mark[1]):
+            raise ModelLoadFailed(str(error)) from error  # somebody else compiles with what it holds
+        _empty(folder)
         raise ModelLoadFailed(f"{error} What {folder} held is deleted, so the next start compiles anew.") from error
     finally:
         if mark is not None:
@@ -79,14 +103,33 @@ def compiling(folder: Path | None) -> Iterator[None]:
 
 def _mend(folder: Path) -> None:
     for mark in folder.glob(f"{MARK}*"):
-        with mark.open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # its owner is still at it
-            since = mark.stat().st_mtime
-            pieces = [library for library in folder.rglob("*.so") if library.stat().st_mtime >= since]
-            for library in pieces:
-                library.unlink(missing_ok=True)
-            mark.unlink(missing_ok=True)
+        if _in_use(mark):
+            continue
+        since = mark.stat().st_mtime
+        pieces = [library for library in folder.rglob("*.so") if library.stat().st_mtime >= since]
+        for library in pieces:
+            library.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
         logger.warning("a start was cut short while it compiled: %d files in %s are deleted", len(pieces), folder)
+        if not pieces and (folder / SUSPECT).exists():
+            logger.warning("it was the second in a row: all that %s held is deleted", folder)
+            _empty(folder)
+        elif not pieces:
+            (folder / SUSPECT).touch()
+
+
+def _in_use(mark: Path) -> bool:
+    """Whether who left that mark lives."""
+    with mark.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / SUSPECT).unlink(missing_ok=True)
+    for name in FOLDERS.values():
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -9,12 +9,13 @@ import argparse
 import http.client
 import json
 import os
+import ssl
 import sys
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-DEFAULT_PORT = "8080"
+DEFAULT_PORTS = {"http": "8080", "https": "8443"}
 SECONDS = 5.0
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     question.add_argument("--ready", action="store_true", help="is every model ready? (asked unless told otherwise)")
     question.add_argument("--live", action="store_true", help="is the server alive?")
     parser.add_argument("--http_port", "--http-port", metavar="N", help="port of the server (default: as it reads it)")
-    parser.add_argument("--url", help="address of the server (default: http://127.0.0.1:PORT)")
+    parser.add_argument("--url", help="address of the server (default: this machine, http or https as it reads it)")
     options = parser.parse_args(arguments)
     asked = "live" if options.live else "ready"
     env_file = Path(".env")
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def local_url(port: str | None, environment: Mapping[str, str], env_file: Path) -> str:
     """Where the server on this machine listens, by the same environment and ``.env`` file that it reads."""
-    return f"http://{_host(_setting('HOST', environment, env_file))}:" + (
-        port or _setting("HTTP_PORT", environment, env_file) or DEFAULT_PORT
+    certificate = _setting("SSL_CERTFILE", environment, env_file, "KSERVE_TLS_CERT_FILE")
+    scheme = "http" if (certificate or "none").lower() == "none" else "https"
+    return f"{scheme}://{_host(_setting('HOST', environment, env_file))}:" + (
+        port or _setting("HTTP_PORT", environment, env_file) or DEFAULT_PORTS[scheme]
     )
 
 
@@ -58,29 +61,29 @@ def _host(listens_on: str | None) -> str:
     return f"[{listens_on}]" if ":" in listens_on else listens_on
 
 
-def _setting(name: str, environment: Mapping[str, str], env_file: Path) -> str | None:
-    value = environment.get(name)
+def _setting(name: str, environment: Mapping[str, str], env_file: Path, alias: str = "") -> str | None:
+    value = environment.get(name, environment.get(alias))
     if value is None and env_file.is_file():
         from dotenv import dotenv_values
 
-        value = dotenv_values(env_file, interpolate=False).get(name)
+        pairs = dotenv_values(env_file, interpolate=False)
+        value = pairs.get(name, pairs.get(alias))
     # As the settings have it: a Service's address is not meant for us.
     return None if value is None or value.startswith("tcp://") else value.strip()
 
 
 def ask(url: str, asked: str) -> tuple[bool, str]:
     """Whether the server is ``live`` or ``ready``, and a sentence about it."""
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     try:
         parts = urllib.parse.urlsplit(url)
-        kind, host, port = kinds[parts.scheme], parts.hostname, parts.port
-    except (KeyError, ValueError):
+        host, port = parts.hostname if parts.scheme in ("http", "https") else None, parts.port
+    except ValueError:
         host = None
     if not host:
         return False, f"{url} is no address such as http://127.0.0.1:8080."
     try:
         # Not by urllib, which would ask a proxy where the environment names one.
-        connection = kind(host, port, timeout=SECONDS)
+        connection = _connection(parts.scheme, host, port)
         connection.request("GET", f"{parts.path.rstrip('/')}/v2/health/{asked}", headers={"Connection": "close"})
         answer = connection.getresponse()
         content = answer.read(100_000)
@@ -90,6 +93,16 @@ def ask(url: str, asked: str) -> tuple[bool, str]:
     if answer.status == http.HTTPStatus.OK:
         return True, f"The server at {url} is {asked}."
     return False, f"The server at {url} is not {asked}: {_reason(answer.status, content)}"
+
+
+def _connection(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+    if scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=SECONDS)
+    # The machine asks itself, by an address that its certificate does not name, and sends nothing secret.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return http.client.HTTPSConnection(host, port, timeout=SECONDS, context=context)
 
 
 def _reason(status: int, content: bytes) -> str:

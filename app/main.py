@@ -25,6 +25,7 @@ from app import compile_cache, start, surroundings
 from app.api import documentation, edge, oip, requests, stream, v1
 from app.api.server import Connection, Server
 from app.api.serving import Serving
+from app.api.tls import read_certificate
 from app.engine.batcher import DEVICE_THREAD, Batcher
 from app.engine.family import Family
 from app.engine.gpus import count_gpus
@@ -203,7 +204,7 @@ def _warm(family: Family[Any], settings: Settings, report: Callable[[str], None]
         except InvalidRequest as error:
             raise ModelLoadFailed(f"--warm_sizes names {width}x{height}: {error}") from None
     try:
-        with compile_cache.compiling(settings.cache_dir):
+        with compile_cache.compiling(compile_cache.folder_of(settings)):
             family.warm(report)
     except OutOfMemory:
         sizes = ", ".join(settings.warm_sizes) or "the model's own"
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
-        compile_cache.keep(settings.cache_dir)
+        compile_cache.keep(settings)
         ranks = find_ranks()
         if ranks is not None:
             settings = check_settings(settings, ranks)
@@ -298,6 +299,9 @@ def _follow(settings: Settings, ranks: Ranks) -> NoReturn:
 def _make_server(settings: Settings, ranks: Ranks | None) -> tuple[uvicorn.Server, list[BaseException]]:
     """The HTTP server, and a list that receives the reason when the model cannot be loaded; the server stops then."""
     failures: list[BaseException] = []
+    certificate = None
+    if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
+        certificate = read_certificate(settings.ssl_certfile, settings.ssl_keyfile)
 
     def stop(error: BaseException) -> None:
         failures.append(error)
@@ -314,7 +318,14 @@ def _make_server(settings: Settings, ranks: Ranks | None) -> tuple[uvicorn.Serve
         server_header=False,
         timeout_keep_alive=settings.timeout_keep_alive,
     )
-    server = Server(config, app.state.stop, app.state.hurry, settings.grace_period)
+    server = Server(
+        config,
+        app.state.stop,
+        app.state.hurry,
+        settings.grace_period,
+        certificate,
+        handshake_timeout=settings.body_timeout,
+    )
     return server, failures
 
 
@@ -334,7 +345,8 @@ def _serve(
         have = "has" if len(idle) == 1 else "have"
         logger.warning("%s %s no effect: only --optimize compile and max compile anything", " and ".join(idle), have)
     host, port = listener.getsockname()[:2]
-    logger.info("listening on http://%s:%d, loading model %s", host, port, settings.model_name)
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    logger.info("listening on %s://%s:%d, loading model %s", scheme, host, port, settings.model_name)
     server.run(sockets=[listener])
     if not failures:
         return 0

@@ -24,8 +24,14 @@ from app.errors import InvalidSettings
 from app.generation import Limits
 from app.sentences import nearest
 
-ALIASES = {"huggingface_token": "HF_TOKEN"}
+ALIASES = {
+    "huggingface_token": "HF_TOKEN",
+    "ssl_certfile": "KSERVE_TLS_CERT_FILE",
+    "ssl_keyfile": "KSERVE_TLS_KEY_FILE",
+}
 """Environment variables that are read where a setting's own is not there."""
+HTTPS_PORT = 8443
+"""Where KServe's model server listens once it has a certificate, unless told otherwise."""
 WARM_SIZE = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
 ADAPTER = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)")
 """``NAME=PATH``, the path perhaps with ``:SCALE`` behind it."""
@@ -102,7 +108,9 @@ class Settings(BaseModel):
         "the model's own size unless given. Other sizes are painted too, as with safe.",
     )
     cache_dir: Path | None = Field(
-        None, description="Folder that keeps what was compiled for the next start; a volume that outlives the server."
+        None,
+        description="Folder that keeps what was compiled for the next start, a volume that outlives the server; unless "
+        "given, one of the user's caches.",
     )
     step_cache: int = Field(
         1,
@@ -170,7 +178,18 @@ class Settings(BaseModel):
 
     # The server
     host: str = Field("0.0.0.0", min_length=1, description="Address to listen on.")  # noqa: S104 (a container serves all)
-    http_port: int = Field(8080, ge=0, le=65535, description="Port for HTTP; 0 picks a free one.")
+    http_port: int = Field(
+        8080, ge=0, le=65535, description="Port for HTTP, or for HTTPS, and then 8443 unless given; 0 picks a free one."
+    )
+    ssl_certfile: Path | None = Field(
+        None,
+        description="Certificate, in PEM format with all that lead to its root, to serve HTTPS with; needs "
+        "ssl_keyfile. KSERVE_TLS_CERT_FILE is read too.",
+    )
+    ssl_keyfile: Path | None = Field(
+        None,
+        description="Private key of ssl_certfile, in PEM format without a password. KSERVE_TLS_KEY_FILE is read too.",
+    )
     api_key: SecretStr | None = Field(
         None, description="Key that callers send as 'Authorization: Bearer KEY'; health stays open. None: no key."
     )
@@ -242,6 +261,14 @@ class Settings(BaseModel):
     def _replicas_choose_their_gpus(self) -> Settings:
         if self.replicas not in (1, "auto") and self.device.startswith("cuda:"):
             raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_and_key_come_together(self) -> Settings:
+        for name, other in (("ssl_certfile", "ssl_keyfile"), ("ssl_keyfile", "ssl_certfile")):
+            path = getattr(self, name)
+            if path is not None and getattr(self, other) is None:
+                raise ValueError(f"--{name} is {path}, but there is no --{other}; name both for HTTPS, or none of them")
         return self
 
     @field_validator("model_name")
@@ -332,6 +359,8 @@ def load_settings(
 
     for name, value in values.items():
         values[name] = _from_text(value, Settings.model_fields[name])
+    if values.get("ssl_certfile") is not None:
+        values.setdefault("http_port", HTTPS_PORT)
     try:
         return Settings(**values)
     except ValidationError as error:

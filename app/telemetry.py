@@ -32,6 +32,9 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 180, 300, 600)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
+REJECTED = ("invalid_request", "model_not_found", "unavailable", "model_not_ready", "overloaded", "shutting_down")
+FAILED = ("generation_failed", "deadline_exceeded", "out_of_memory", "device_lost", "shutting_down")
+"""Reasons that requests are turned away for, and fail for, most of all: codes of `app.errors`."""
 
 
 class Telemetry:
@@ -97,6 +100,10 @@ class Telemetry:
         for stage in ("text_encode", "begin", "denoise_step", "decode"):
             for action in ("split", "again", "tile", "refused"):
                 self._out_of_memory.labels(**self._model, stage=stage, action=action)
+        for reason in REJECTED:
+            self._rejected.labels(**self._model, reason=reason)
+        for reason in FAILED:
+            self._failed.labels(**self._model, reason=reason)
         for outcome in ("joined", "replayed", "conflict"):
             self._idempotent.labels(**self._model, outcome=outcome)
         for outcome in ("shown", "none", "failed"):
@@ -209,6 +216,7 @@ def configure_logging(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
+    logging.captureWarnings(True)  # libraries' too
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "transformers", "diffusers"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -231,7 +231,7 @@ def plot(loads: dict[str, Load], path: Path) -> None:
     axes.set(xlabel="seconds from when the request was due", ylabel="pictures, %", ylim=(0, 100))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=len(loads), frameon=False)
     figure.savefig(path)
     plt.close(figure)
 

@@ -64,7 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--within", type=float, default=60.0, help="seconds for the last of a burst (default: %(default)s)")
     add("--spare", type=int, default=0, help="replicas that may be away (default: %(default)s)")
     options = parser.parse_args(arguments)
-    per_replica = options.per_replica or measured_in(options.bench)
+    try:
+        per_replica = measured_in(options.bench) if options.bench else options.per_replica
+    except OSError as error:
+        parser.error(f"--bench {options.bench} cannot be read: {error.strerror}")
+    except (ValueError, LookupError, TypeError):
+        parser.error(f"--bench {options.bench} is not what clients.bench writes with --json")
+    if not all(map(math.isfinite, (options.demand, per_replica, options.busy, options.within))):
+        parser.error("demand, images per second, seconds and busy must be finite")
     if min(options.demand, per_replica, options.busy, options.within) <= 0 or options.busy > 1:
         parser.error("demand, images per second and seconds must be more than 0, and busy at most 1")
     plan = Plan(options.demand, per_replica, options.busy, options.burst, options.within, options.spare)
@@ -77,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measured_in(path: Path) -> float:
     """The images per second in a file of clients.bench."""
-    measured: float = json.loads(path.read_text(encoding="utf-8"))["summary"]["images_per_second"]
-    return measured
+    return float(json.loads(path.read_text(encoding="utf-8"))["summary"]["images_per_second"])
 
 
 if __name__ == "__main__":

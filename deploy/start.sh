@@ -13,6 +13,12 @@
 MODELS=${MODELS:-$PWD/models}
 PORT=${PORT:-8080}
 
+# podman takes a path that does not start with / for the name of a volume.
+case $MODELS in
+/*) ;;
+*) MODELS=$PWD/$MODELS ;;
+esac
+
 # The folder as the server sees it; the scripts read it.
 # shellcheck disable=SC2034
 if [ -n "${IMAGE:-}" ]; then models=/mnt/models; else models=$MODELS; fi
@@ -30,6 +36,8 @@ run() {
     fi
     # Taken over from here where they are set.
     set -- --env HF_TOKEN --env HUGGINGFACE_TOKEN "$@"
+    # The port that is published, whatever .env says; not as a flag, because the image's HEALTHCHECK reads it too.
+    set -- --env HTTP_PORT=8080 "$@"
     # As in a cluster: a root file system that cannot be written, and time for running requests at the end.
     exec podman run --rm --read-only --tmpfs /tmp --shm-size 1g --stop-timeout 60 --publish "$PORT:8080" "$@"
 }

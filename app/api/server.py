@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Callable
 from socket import socket
@@ -39,6 +40,8 @@ class Server(uvicorn.Server):
             latest; called on a thread of its own.
         hurry: makes `stop` return.
         grace_period: seconds from the signal to the end.
+        certificate: to serve HTTPS with; HTTP unless given.
+        handshake_timeout: seconds from connecting until HTTPS is agreed on.
     """
 
     def __init__(
@@ -47,17 +50,45 @@ class Server(uvicorn.Server):
         stop: Callable[[float], None],
         hurry: Callable[[], None],
         grace_period: float,
+        certificate: ssl.SSLContext | None = None,
+        handshake_timeout: float = 30.0,
     ) -> None:
         super().__init__(config)
         self._stop = stop
         self._hurry = hurry
         self._grace_period = grace_period
         self._in_a_hurry = False
+        self._certificate = certificate
+        self._handshake_timeout = handshake_timeout
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del sig, frame
         self._in_a_hurry = self.should_exit
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        if self._certificate is None or sockets is None:
+            await super().startup(sockets)
+            return
+        # uvicorn would wait a minute for a handshake, longer than for all else, and reads the files a second time.
+        await super().startup(sockets=[])
+        loop = asyncio.get_running_loop()
+        for listener in sockets:
+            listening = await loop.create_server(
+                self._connect,
+                sock=listener,
+                ssl=self._certificate,
+                ssl_handshake_timeout=self._handshake_timeout,
+                backlog=self.config.backlog,
+            )
+            self.servers.append(listening)
+
+    def _connect(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        connection: asyncio.Protocol = make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return connection
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
         patience = max(self._grace_period - LAST_SECONDS, self._grace_period / 2)

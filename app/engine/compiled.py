@@ -25,10 +25,14 @@ Function = Callable[..., Any]
 MOST_SHAPES = 256
 """Shapes of one function that torch keeps compiled; its own limit of 8 is for those who did not choose theirs."""
 
+WITHOUT_ROWS = frozenset({"img_ids", "txt_ids"})
+"""Arguments that all rows share, though they may have as many of something else."""
 RUNS_OF_A_GRAPH = 3
 """The first compiles, the second records, and the third shows that it can be replayed."""
 
 FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, ConstraintViolationError)
+NO_GRAPHS = {"triton.cudagraph_capture_sizes": ()}
+"""Of Inductor's options: run what was compiled without recording it."""
 REFUSAL = "fail_on_recompile"
 """How torch shall meet what it would have to compile anew, and a word of what it says then."""
 _warming = threading.Lock()
@@ -103,6 +107,9 @@ class Compiler:
         """
         options: Any = {"triton.cudagraphs": True} if graphs and self._backend == "inductor" else None
         self.graphs = self.graphs or graphs
+        if graphs:
+            # As many as were asked for are none too many.
+            torch._inductor.config.triton.cudagraph_dynamic_shape_warn_limit = None
         compiled = torch.compile(function, fullgraph=True, backend=self._backend, options=options)
         return Compiled(self, function, compiled, lengths or {}, graphs)
 
@@ -135,19 +142,25 @@ class Compiled:
         self._lengths = lengths
         self._graphs = graphs
         self._warm: set[Hashable] = set()
+        self._recorded: set[Hashable] = set()
         self._told: set[Hashable] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, _settle, (args, kwargs))
         rows = next(leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         shape = self._shape(args, kwargs, rows)
+        exact = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         if self._compiler.warming:
             self._warm.add(shape)
+            self._recorded.add(exact)
             self._mark(args, kwargs, rows)
             return self._run(args, kwargs)
         if shape in self._warm:
+            # A graph holds for exact lengths, takes a second to record, and stays for ever.
+            known = not self._graphs or exact in self._recorded
             try:
-                return self._run(args, kwargs)
+                with contextlib.nullcontext() if known else torch._inductor.config.patch(NO_GRAPHS):
+                    return self._run(args, kwargs)
             except RuntimeError as error:
                 if REFUSAL not in str(error):
                     raise
@@ -188,8 +201,8 @@ class Compiled:
 
     def _any_length(self, path: Any, leaf: torch.Tensor, rows: int) -> list[int]:
         """Dimensions in which one compiled form takes any length."""
-        found = [0] if leaf.ndim and leaf.shape[0] == rows and rows > 1 else []
         name = str(getattr(path[-1], "key", ""))
+        found = [0] if leaf.ndim and leaf.shape[0] == rows > 1 and name not in WITHOUT_ROWS else []
         return [*found, self._lengths[name]] if name in self._lengths else found
 
 

@@ -50,7 +50,8 @@ class Pace:
         """Called after each pass has been handed to the device: until the pass before it is done."""
         if self._device.type != "cuda":
             return
-        before, self._last = self._last, torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Others get the core meanwhile.
+        before, self._last = self._last, torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._last.record(torch.cuda.current_stream(self._device))
         if before is not None:
             before.synchronize()

@@ -72,7 +72,7 @@ class FluxFamily(Family[FluxJob]):
         self._compiler = optimization.compiler()
         optimization.arrange(pipeline.vae)
         if optimization.fp8:
-            use_fp8(self._transformer)
+            use_fp8(self._transformer, optimization.cache_dir)
         self._predict_rows: Callable[..., Any] = self._transformer
         if self._compiler is not None:
             # It is nearly all blocks of two kinds; compiling them takes seconds, the whole takes a minute.
@@ -291,7 +291,7 @@ class FluxFamily(Family[FluxJob]):
         if self._cache is not None and job.without_blocks:
             added = torch.cat([row.added.drawn(row.job.reach[row.job.step_index] or 0.0) for row in rows])
             return self._cache.predict(**inputs, added=added).chunk(len(rows))
-        with self._optimization.attention(self._device):
+        with self._optimization.attention(self._device, self._compiler):
             predicted: torch.Tensor = self._predict_rows(
                 **inputs,
                 encoder_hidden_states=torch.cat([row.embedding.hidden for row in rows]),
@@ -342,7 +342,7 @@ class FluxFamily(Family[FluxJob]):
     @on_device
     def follow(self) -> None:
         assert self._parallel is not None
-        with self._optimization.attention(self._device):
+        with self._optimization.attention(self._device, self._compiler):
             self._parallel.follow()
 
     def close(self) -> None:

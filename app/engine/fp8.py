@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +108,12 @@ def is_right(what: str, attempt: Callable[[], torch.Tensor], reference: torch.Te
     return True
 
 
-def use_fp8(model: nn.Module) -> int:
+def use_fp8(model: nn.Module, cache_dir: Path | None = None) -> int:
     """Replace the linear layers of `model` that it pays off for, and on a GPU its convolutions likewise.
+
+    Args:
+        model: on its device.
+        cache_dir: keeps which convolutions they are for the next start.
 
     Returns:
         How many they are.
@@ -125,10 +130,10 @@ def use_fp8(model: nn.Module) -> int:
     ]
     for parent, name, child in found:
         setattr(parent, name, Fp8Linear(child))
-    return len(found) + _use_fp8_convolutions(model)
+    return len(found) + _use_fp8_convolutions(model, cache_dir)
 
 
-def _use_fp8_convolutions(model: nn.Module) -> int:
+def _use_fp8_convolutions(model: nn.Module, cache_dir: Path | None) -> int:
     if next(model.parameters()).device.type != "cuda":
         return 0
     try:
@@ -136,4 +141,4 @@ def _use_fp8_convolutions(model: nn.Module) -> int:
     except ImportError as error:
         logger.warning("convolutions in 8 bits need Triton (%s); they stay in full", error)
         return 0
-    return use_fp8_convolutions(model)
+    return use_fp8_convolutions(model, cache_dir)

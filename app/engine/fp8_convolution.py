@@ -8,12 +8,16 @@ activation, and 8 bits with exponents of their own hold numbers of that size as 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
+import os
 import statistics
 import threading
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +34,10 @@ SIDE = 3
 """Of the windows; a UNet computes little with others."""
 MULTIPLE = 64
 """Channels and features come in multiples of this, so that the kernel reads whole tiles only."""
-TRIAL = (2, 128, 128)
-"""Pictures, height and width that a convolution is tried with: enough for every processor of a GPU."""
+TRIAL_PICTURES = 2
+"""That a convolution is tried with: one with guidance."""
+TRIAL_FEATURES = 320 * 128
+"""Of each row of such a picture: where a UNet has more features, its pictures have fewer pixels."""
 ROUNDS = 10
 FIRST_ROUNDS = 2
 """They compile, and bring the clocks up."""
@@ -212,8 +218,10 @@ def _(
 Clock = Callable[[Callable[[], Any]], float]
 """Seconds that a piece of work takes the device."""
 _lock = threading.Lock()
-_known: dict[tuple[str, int, int], Tile | None] = {}
+_known: dict[str, Tile | None] = {}
 """By GPU, channels and features, so that all GPUs of a kind in one server paint alike."""
+CHOICES = "fp8-convolutions.json"
+"""Keeps them in ``--cache_dir``: another choice would be another picture, and all would have to be compiled anew."""
 
 
 def gpu_seconds(work: Callable[[], Any]) -> float:
@@ -230,8 +238,13 @@ def gpu_seconds(work: Callable[[], Any]) -> float:
     return statistics.median(milliseconds) / 1000
 
 
-def use_fp8_convolutions(model: nn.Module, seconds: Clock = gpu_seconds) -> int:
+def use_fp8_convolutions(model: nn.Module, cache_dir: Path | None = None, seconds: Clock = gpu_seconds) -> int:
     """Replace those convolutions in ResNet blocks of `model` that its GPU is faster with in 8 bits, by a trial of each.
+
+    Args:
+        model: on its device.
+        cache_dir: keeps what trials have shown.
+        seconds: see `fastest_tile`.
 
     Returns:
         How many they are.
@@ -246,8 +259,13 @@ def use_fp8_convolutions(model: nn.Module, seconds: Clock = gpu_seconds) -> int:
     count = 0
     # One GPU at a time: what others do meanwhile would be measured too.
     with _lock:
+        if cache_dir is not None:
+            _known.update(read_choices(cache_dir / CHOICES))
+        before = len(_known)
         for parent, name, conv in found:
-            kind = (torch.cuda.get_device_name(conv.weight.device), conv.in_channels, conv.out_channels)
+            gpu = torch.cuda.get_device_name(conv.weight.device)
+            versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+            kind = f"{gpu}, {versions}, {conv.in_channels} to {conv.out_channels} channels"
             if kind not in _known:
                 with torch.cuda.device_of(conv.weight):  # type: ignore[no-untyped-call]
                     _known[kind] = fastest_tile(conv, seconds)
@@ -255,8 +273,28 @@ def use_fp8_convolutions(model: nn.Module, seconds: Clock = gpu_seconds) -> int:
             if tile is not None:
                 setattr(parent, name, Fp8Conv2d(conv, tile))
                 count += 1
+        if cache_dir is not None and len(_known) > before:
+            write_choices(cache_dir / CHOICES)
     logger.info("%d of %d convolutions are faster in 8 bits on this GPU", count, len(found))
     return count
+
+
+def read_choices(path: Path) -> dict[str, Tile | None]:
+    """What an earlier start has found; nothing where the file is absent or broken."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {str(kind): None if tile is None else Tile(*map(int, tile)) for kind, tile in kept.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_choices(path: Path) -> None:
+    """Keep what is known; where that cannot be, the next start tries again."""
+    kept = {kind: None if tile is None else astuple(tile) for kind, tile in _known.items()}
+    with contextlib.suppress(OSError):
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        new.replace(path)
 
 
 @torch.inference_mode()
@@ -267,8 +305,9 @@ def fastest_tile(conv: nn.Conv2d, seconds: Clock) -> Tile | None:
         conv: on its device.
         seconds: measures what is done there.
     """
-    pictures, height, width = TRIAL
-    inputs = torch.randn(pictures, conv.in_channels, height, width, device=conv.weight.device, dtype=conv.weight.dtype)
+    side = max(1, TRIAL_FEATURES // conv.out_channels)
+    shape = (TRIAL_PICTURES, conv.in_channels, side, side)
+    inputs = torch.randn(shape, device=conv.weight.device, dtype=conv.weight.dtype)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     full = seconds(lambda: conv(inputs))
     # As compiled, whoever writes them rounds them.

@@ -80,11 +80,12 @@ def _take_out(part: torch.nn.Module) -> list[_Layer]:
                 continue
             layer: Any = child
             names = frozenset(layer.lora_A.keys())
-            if any(layer.use_dora.get(each) for each in names):
-                raise ModelLoadFailed(
-                    "An adapter of --lora is a DoRA, which does not go with --optimize compile or max; take "
-                    "--optimize safe."
-                )
+            for what, kinds in (("is a DoRA", layer.use_dora), ("has biases", layer.lora_bias)):
+                if any(kinds.get(each) for each in names):
+                    raise ModelLoadFailed(
+                        f"An adapter of --lora {what}, which does not go with --optimize compile or max; take "
+                        "--optimize safe."
+                    )
             own = layer.get_base_layer()
             setattr(parent, name, own)
             layers.append(_Layer(own.weight, own.weight.detach().clone(), layer, names))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from app.engine.adapters import parse_reference
 from app.errors import ModelLoadFailed
 from app.settings import Settings
 
@@ -45,9 +46,11 @@ def wait_for_mount(settings: Settings, report: Callable[[str], None]) -> None:
             time.sleep(POLL_SECONDS)
             missing = what_is_missing(path)
         if missing and patience:
+            advice = "mount a model there, name another one with --model_id, or try the demo with --model_id demo"
+            if path in _adapters(settings):
+                advice = "mount the adapter there, or correct --lora"
             raise ModelLoadFailed(
-                f"{path} {missing}, after {patience:g} seconds of waiting (the setting mount_timeout); mount a model "
-                "there, name another one with --model_id, or try the small demo model with --model_id demo."
+                f"{path} {missing}, after {patience:g} seconds of waiting (the setting mount_timeout); {advice}."
             )
 
 
@@ -55,8 +58,13 @@ def _named_paths(settings: Settings) -> list[Path]:
     named: list[str | Path | None] = [settings.single_file_model or settings.model_id, settings.config_dir]
     if settings.use_refiner:
         named += [settings.refiner_single_file_model or settings.refiner_id, settings.refiner_config_dir]
+    named += _adapters(settings)
     # Whatever is relative is a name on the hub, the demo, or a folder that somebody at a terminal names.
     return [Path(each) for each in named if each is not None and Path(each).is_absolute()]
+
+
+def _adapters(settings: Settings) -> list[Path]:
+    return [parse_reference(reference)[1] for reference in settings.lora]
 
 
 def _patience(settings: Settings, path: Path) -> float:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from app.compile_cache import folder_of
 from app.engine.fp8 import has_fp8
 from app.engine.placement import Placement
 from app.errors import ModelLoadFailed
@@ -28,13 +30,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = [
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""The first that a GPU has for a shape is taken. cuDNN is the fastest on some, but makes a plan for each shape that it
+meets, which takes about half a second: no request shall wait for that."""
+PLANNED_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""The fastest first; torch passes over what a GPU or a shape does not have."""
+"""In what is compiled, where each number of rows is met before the first request."""
+CUDNN_SINCE = 91501
+"""Version from which cuDNN's attention is right for every length, and torch prefers it."""
+CUDNN_GPUS = (9, 10)
+"""First numbers of the CUDA compute capabilities for which torch does. Source: ``sdp_utils.cpp`` of torch."""
 LOSSY_PARAMETERS = frozenset({"guidance_end"})
 """With which a request trades its picture for speed."""
 
@@ -50,9 +59,11 @@ class Optimization:
         most_pixels: times rows, of one forward pass.
         step_cache: one of so many steps of FLUX goes through its blocks; 1 for all.
         fp8: the UNet's or transformer's matrix products and convolutions are done in 8 bits.
+        plans: what is compiled does attention with `PLANNED_ATTENTION`.
         settled: weights lie on the device, in full, and stay; others may not be touched.
         quantization: of the UNet's or transformer's weights, as in the settings.
         backend: of ``torch.compile``.
+        cache_dir: for what was found out about this GPU.
     """
 
     level: str = "off"
@@ -61,9 +72,11 @@ class Optimization:
     most_pixels: int = 16_777_216
     step_cache: int = 1
     fp8: bool = False
+    plans: bool = False
     settled: bool = True
     quantization: str = "none"
     backend: str = "inductor"
+    cache_dir: Path | None = None
 
     @property
     def compiles(self) -> bool:
@@ -78,11 +91,19 @@ class Optimization:
         """Whether a request may trade its picture for speed."""
         return self.level == "max"
 
-    def attention(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """The order in which attention kernels are tried inside."""
+    def attention(
+        self, device: torch.device, compiler: Compiler | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """The order in which attention kernels are tried inside.
+
+        Args:
+            device: that computes.
+            compiler: of what is inside; what it compiles has the order of that moment for ever.
+        """
         if self.level == "off" or device.type != "cuda":
             return contextlib.nullcontext()
-        return sdpa_kernel(ATTENTION, set_priority=True)
+        compiling = compiler is not None and compiler.warming
+        return sdpa_kernel(PLANNED_ATTENTION if self.plans and compiling else ATTENTION, set_priority=True)
 
     def arrange(self, *parts: nn.Module | None) -> None:
         """Lay out the weights of convolutions as GPUs want them, pixels before channels."""
@@ -115,10 +136,10 @@ class Optimization:
 
         Args:
             pixels: of a picture.
-            graphs: each number is recorded by itself.
+            graphs: each number is recorded by itself; for attention it may have a plan of its own.
         """
         most = max(2, min(self.most_rows, self.most_pixels // pixels))
-        if graphs:
+        if graphs or self.plans:
             return tuple(range(1, most + 1))
         # What is compiled for two takes more, but for some operators only so many.
         return tuple(sorted({1, 2, most}))
@@ -162,6 +183,16 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         most_pixels=settings.max_batch_pixels,
         step_cache=settings.step_cache,
         fp8=fp8,
+        plans=settings.compiles and _prefers_cudnn(placement.device),
         settled=placement.offload is None and placement.quantization == "none",
         quantization=placement.quantization,
+        cache_dir=folder_of(settings),
     )
+
+
+def _prefers_cudnn(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return major in CUDNN_GPUS and version is not None and version >= CUDNN_SINCE

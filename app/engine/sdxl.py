@@ -341,7 +341,7 @@ class SdxlFamily(Family[SdxlJob]):
         inputs = {id(job): self._input(job) for job in jobs}
         negative, positive = slice(0, 1), slice(-1, None)
         rows = [(job.leg, negative) for job in guided] + [(job.leg, positive) for job in jobs]
-        with self._optimization.attention(self._device):
+        with self._optimization.attention(self._device, self._compiler):
             predicted = jobs[0].leg.part.predict(
                 torch.cat([inputs[id(job)] for job in row_jobs]),
                 torch.stack([job.leg.timesteps[job.leg_step] for job in row_jobs]),

@@ -49,7 +49,7 @@ class Part:
         self.unet = pipeline.unet
         optimization.arrange(pipeline.unet, pipeline.vae)
         if optimization.fp8:
-            use_fp8(self.unet)
+            use_fp8(self.unet, optimization.cache_dir)
         self.predict: Callable[..., Any] = self.unet
         if compiler is not None:
             # Long prompts bring more tokens.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.engine.family import Family
 from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_folder
+from app.engine.libraries import import_libraries
 from app.engine.ranks import Ranks
 from app.engine.single_files import SingleFile, read_single_file
 from app.errors import ModelLoadFailed
@@ -82,7 +82,7 @@ def load_family(
     say("importing torch")
     sources = [source for source in (base, rest, refiner) if source is not None]
     with importing("torch"):
-        _import_libraries(sources, compiles=settings.compiles)
+        import_libraries(sources, compiles=settings.compiles)
 
     import torch
 
@@ -124,29 +124,6 @@ def load_family(
         with timeline.phase("read"):
             parallel.wait()
     return family
-
-
-def _import_libraries(sources: Iterable[Source], compiles: bool) -> None:
-    """Whatever loading and painting take of the large libraries, at once: they import when one looks at their names."""
-    # Read once, when diffusers is imported: the files that a model is spread over are read side by side.
-    os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
-    _quieten()
-
-    from app.engine import adapters, placement  # noqa: F401
-    from app.engine.loading import component_class
-
-    if compiles:
-        from app.engine import compiled  # noqa: F401
-    for source in sources:
-        if source.kind is Kind.FLUX:
-            from app.engine import flux  # noqa: F401
-        else:
-            from app.engine import sdxl  # noqa: F401
-        if isinstance(source, SingleFile):
-            from app.engine import converting  # noqa: F401
-        else:
-            for component in source.components.values():
-                component_class(component)
 
 
 # --- Which weights ---------------------------------------------------------------------------------------------
@@ -300,16 +277,6 @@ def _size(source: Source) -> int:
 
 
 # --- Reading them ----------------------------------------------------------------------------------------------
-
-
-def _quieten() -> None:
-    """Both libraries draw progress bars, give advice, and log prompts that are too long word for word."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def _load_base(source: Source, rest: ModelFolder | None, numbers: Format, progress: Progress) -> dict[str, Any]:

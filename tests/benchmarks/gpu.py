@@ -189,7 +189,7 @@ def work_of(wave: Wave, images: int, work: Mapping[str, float]) -> float:
 
 
 def measure(name: str, setup: Setup, results: Results, save: Callable[[], None]) -> None:
-    """Measure one model at all levels, put what comes out into `results`, and `save` them after every round."""
+    """Measure one model at all levels, put what comes out into `results`, and `save` them as soon as it is there."""
     model = MODELS[name]
     levels = setup.levels_of(model)
     if not levels:
@@ -216,11 +216,14 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
                 record |= differences(engine, setup.request(model, steps), truth)
             say(name, level, record.get("unavailable") or f"ready after {record['warm_up']:.1f} s")
             keep(results["levels"], record, ("model", "level"))
+            save()
         if not engines:
             say(name, "nothing to measure: none of these levels is to be had here")
             return
         for waves in take_turns(engines, setup, model):
             for (level, (steps, images)), found in waves.items():
+                if not found:
+                    continue  # yet
                 row = {"model": name, "level": level, "steps": steps, "images": images}
                 row |= summarize(found, images, work, setup.rate)
                 keep(results["rows"], row, ("model", "level", "steps", "images"))
@@ -253,7 +256,7 @@ def why_not(error: Exception) -> str:
 
 
 def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> Iterator[Waves]:
-    """All waves so far of every level and case, or why there are none, after each round.
+    """All waves so far of every level and case, or why there are none, after each case.
 
     What does not fit once is not tried again.
     """
@@ -279,8 +282,8 @@ def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> Ite
                     say(level, f"{steps} steps, {images} at a time: {wave.seconds:.3f} s")
             # Who goes first changes, so that nobody always comes after the same neighbour.
             order = order[1:] + order[:1]
-        if round_ >= 0:
-            yield waves
+            if round_ >= 0:
+                yield waves
 
 
 def summarize(waves: Sequence[Wave] | str, images: int, work: Mapping[str, float], rate: float) -> dict[str, Any]:
@@ -331,13 +334,14 @@ def find_truth(model: Model, setup: Setup, steps: int) -> Trajectory | str:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """No TensorFloat-32, which has 10 bits where float32 has 23."""
-    matrices = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # Not by torch.set_float32_matmul_precision, which cannot be undone: what is compiled is kept by this, too.
+    matrices = torch.backends.cuda.matmul
+    before, matrices.fp32_precision = matrices.fp32_precision, "ieee"
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(matrices)
+        matrices.fp32_precision = before
 
 
 def differences(engine: Engine, request: GenerateRequest, truth: Trajectory | str | None) -> dict[str, Any]:
@@ -432,7 +436,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModelLoadFailed as error:
         parser.error(str(error))
     if device.type == "cpu" and not given.small:
-        parser.error("no GPU is visible here; --small runs the demo's configurations on the CPU")
+        why = "no GPU is visible here" if given.device == "auto" else "models of full size need a GPU"
+        parser.error(f"{why}; --small runs the demo's configurations on the CPU")
+    if given.backend not in torch.compiler.list_backends(exclude_tags=()):
+        parser.error(f"torch has no --backend {given.backend!r}; take inductor or eager")
     dtype = choose_dtype(given.dtype, device)
     name = name_of(device)
     out = given.out or (RESULTS if device.type == "cuda" and not given.small else None)

@@ -153,7 +153,7 @@ def plot(seen: list[tuple[float, float]], path: Path) -> None:
     axes.plot(lowest / 60, least, marker="o", markersize=3, label="least of each minute")
     axes.axvline(WARM_UP * seconds[-1] / 60, color="grey", linestyle=":", label="end of the warm-up")
     axes.set(xlabel="minutes", ylabel="resident memory, MiB")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * memory.max())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -201,26 +203,63 @@ def test_autoscaling_asks_about_the_service_that_it_scales(tmp_path: Path) -> No
         assert set(re.findall(r'model_name="(.*?)"', query)) == {"flux"}, query
 
 
+def test_autoscaling_asks_only_about_the_namespace_of_the_service(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "namespace": "pictures",
+                "resources": [os.path.relpath(DEPLOY / "services/sdxl-keda", tmp_path)],
+                "transformers": [os.path.relpath(DEPLOY / "components/keda/namespace", tmp_path)],
+            }
+        ),
+        encoding="utf-8",
+    )
+    service = of_kind(kustomize(tmp_path), "InferenceService")
+    for metric in service["spec"]["predictor"]["autoScaling"]["metrics"]:
+        query = metric["external"]["metric"]["query"]
+        selectors = re.findall(r"\{.*?\}", query)
+        assert selectors and all('namespace=~"pictures"' in each for each in selectors), query
+        assert all('model_name="sdxl"' in each for each in selectors), query
+    check([service])
+
+
 def test_every_storage_is_shown() -> None:
     uris = [model.get("storageUri", "") for overlay in SERVICES for _, model in models(service_of(overlay))]
     assert {uri.split("://")[0] for uri in uris if uri} == {"pvc", "s3", "hf", "oci"}
 
 
-def test_the_claim_is_filled_with_what_the_services_read() -> None:
+def downloaded(script: str, folder: Path) -> set[Path]:
+    """The folders that the job's script fills, by a program in place of the hub's that says how it was called."""
+    (folder / "hf").write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    (folder / "hf").chmod(0o755)
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    calls = subprocess.run(["sh", "-euc", script], env=environment, capture_output=True, text=True, check=True).stdout
+    return {Path(each) for each in re.findall(r"--local-dir (\S+)", calls)}
+
+
+@pytest.mark.parametrize("overlay", SERVICES)
+def test_the_claim_is_filled_with_what_the_services_read(overlay: str, tmp_path: Path) -> None:
+    """Not with what a canary reads, which is a model of its owner's."""
     claim = of_kind(render("storage"), "PersistentVolumeClaim")["metadata"]["name"]
     job = of_kind(render("storage"), "Job")["spec"]["template"]["spec"]
     assert job["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim
     assert job["containers"][0]["image"] == runtime_container()["image"]
-    script = job["containers"][0]["command"][-1]
-    for overlay in SERVICES:
-        uri = service_of(overlay)["spec"]["predictor"]["model"].get("storageUri", "")
-        if uri.startswith("pvc://"):
-            assert uri.removeprefix("pvc://").split("/")[0] == claim
-    refiner = service_of("services/sdxl-refiner")
-    settings = settings_of(refiner, refiner["spec"]["predictor"]["model"])
-    assert settings.use_refiner and settings.refiner_id is not None
-    for folder in (settings.model_id, settings.refiner_id):
-        assert Path(folder).parent == Path("/mnt/models") and Path(folder).name in script
+    there = downloaded(job["containers"][0]["command"][-1], tmp_path)
+    assert there
+    service = service_of(overlay)
+    model = service["spec"]["predictor"]["model"]
+    scheme, _, place = model.get("storageUri", "").partition("://")
+    if scheme != "pvc":
+        return
+    name, _, folder = place.partition("/")
+    assert name == claim
+    settings = settings_of(service, model)
+    weights = (settings.model_id, settings.single_file_model, settings.config_dir)
+    refiner = (settings.refiner_id, settings.refiner_single_file_model, settings.refiner_config_dir)
+    for path in (*weights, *refiner):
+        if path is not None:
+            # KServe mounts the folder that storageUri names, in its place.
+            assert Path("/mnt/models", folder, Path(path).relative_to("/mnt/models")) in there, path
 
 
 def test_the_canary_differs_only_in_its_model() -> None:

@@ -56,6 +56,8 @@ def test_a_kustomization_of_ones_own_works(tmp_path: Path) -> None:
     assert kinds["ServingRuntime"]["spec"]["containers"][0]["image"] == "registry.example.com/sdxl-runtime:0.1.0"
     assert {"InferenceService", "PodMonitor", "PrometheusRule", "ConfigMap", "NetworkPolicy"} <= set(kinds)
     assert all(each["metadata"]["namespace"] == "pictures" for each in kinds.values())
+    for metric in kinds["InferenceService"]["spec"]["predictor"]["autoScaling"]["metrics"]:
+        assert 'namespace=~"pictures"' in metric["external"]["metric"]["query"]
 
 
 def test_the_count_of_replicas_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +88,29 @@ def test_what_was_measured_is_read(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "at 0.9 per replica" in capsys.readouterr().out
 
 
-def test_a_demand_of_nothing_is_refused() -> None:
-    with pytest.raises(SystemExit):
-        replicas.main(["--demand", "0", "--per_replica", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--demand 0 --per_replica 1", "must be more than 0"),
+        ("--demand 1 --per_replica 0", "must be more than 0"),
+        ("--demand nan --per_replica 1", "must be finite"),
+        ("--demand inf --per_replica 1", "must be finite"),
+        ("--demand 1 --bench nowhere.json", "--bench nowhere.json"),
+        ("--demand 1 --bench empty.json", "--bench empty.json"),
+        ("--demand 1 --bench list.json", "--bench list.json"),
+        ("--demand 1 --bench other.json", "--bench other.json"),
+        ("--demand 1 --bench none.json", "--bench none.json"),
+        ("--demand 1 --bench .", "--bench ."),
+    ],
+)
+def test_what_cannot_be_counted_with_is_refused_in_a_sentence(
+    arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"empty": "", "list": "[]", "other": "{}", "none": '{"summary": {"images_per_second": null}}'}
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        replicas.main(arguments.split())
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err

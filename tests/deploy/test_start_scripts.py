@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -99,6 +100,26 @@ def test_what_is_not_there_is_not_mounted(programs: Path) -> None:
     assert not any("gpu" in each or ":/mnt/models" in each or ".env" in each for each in without)
     (programs.parent / ".env").write_text("MAX_STEPS=10\n", encoding="utf-8")
     assert any(each.endswith("/.env:/etc/sdxl-runtime/.env:ro,Z") for each in start(script, programs, IMAGE=IMAGE))
+
+
+def test_a_folder_is_mounted_as_one_wherever_it_is_named_from(programs: Path) -> None:
+    """podman takes a path that is not absolute for the name of a volume, and makes an empty one."""
+    arguments = start(DEPLOY / "start-base.sh", programs, IMAGE=IMAGE, MODELS="models")
+    assert f"{programs.parent}/models:/mnt/models:ro,Z" in arguments
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_the_container_listens_where_podman_publishes(script: Path, programs: Path) -> None:
+    """As an environment variable, which wins over .env and is what the HEALTHCHECK reads."""
+    env_file = programs.parent / ".env"
+    env_file.write_text("HTTP_PORT=9001\n", encoding="utf-8")
+    _, *arguments = start(script, programs, IMAGE=IMAGE, PORT="9000")
+    options, flags = arguments[: arguments.index(IMAGE)], arguments[arguments.index(IMAGE) + 1 :]
+    values = [value for option, value in itertools.pairwise(options) if option == "--env" and "=" in value]
+    environment = dict(value.split("=", 1) for value in values)
+    port = load_settings(flags, environment, env_file).http_port
+    assert options[options.index("--publish") + 1] == f"9000:{port}"
+    assert environment["HTTP_PORT"] == str(port)
 
 
 def test_they_serve_what_the_replaced_runtimes_scripts_served(programs: Path) -> None:

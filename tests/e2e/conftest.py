@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from app.settings import Settings
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 300
 STOP_SECONDS = 120
-LISTENING = re.compile(r"listening on http://\S+:(\d+)")
+LISTENING = re.compile(r"listening on https?://\S+:(\d+)")
 
 
 class Server:
@@ -31,16 +32,19 @@ class Server:
 
     Attributes:
         url: where it listens, such as ``http://127.0.0.1:40123``.
+        verify: for httpx: the certificate that an HTTPS server is trusted by.
         host: the same without the scheme, as some clients want it.
         pid: of its process.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path, verify: ssl.SSLContext | bool = True) -> None:
         self.process = process
         self.pid = process.pid
         self._log_path = log_path
-        self.host = f"127.0.0.1:{self._wait_for_port()}"
-        self.url = f"http://{self.host}"
+        self.verify = verify
+        scheme, port = self._wait_for_port()
+        self.host = f"127.0.0.1:{port}"
+        self.url = f"{scheme}://{self.host}"
 
     def log(self) -> str:
         """All that it has said so far, on standard output and standard error."""
@@ -49,7 +53,7 @@ class Server:
     def metric(self, name: str, **labels: str) -> float:
         """The sum of all samples of that name that carry `labels`."""
         total = 0.0
-        for line in httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=60, verify=self.verify).text.splitlines():
             sample, _, value = line.rpartition(" ")
             found, _, rest = sample.partition("{")
             if found == name and all(f'{label}="{text}"' in rest for label, text in labels.items()):
@@ -61,7 +65,7 @@ class Server:
         while time.monotonic() < deadline:
             self._check_running()
             try:
-                if httpx.get(f"{self.url}/v2/health/ready", timeout=10).status_code == 200:
+                if httpx.get(f"{self.url}/v2/health/ready", timeout=10, verify=self.verify).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -83,12 +87,12 @@ class Server:
             self.process.wait()
             raise AssertionError(f"The server did not end within {STOP_SECONDS} seconds:\n{self.log()}") from None
 
-    def _wait_for_port(self) -> int:
+    def _wait_for_port(self) -> tuple[str, int]:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             found = LISTENING.search(self.log())
             if found:
-                return int(found[1])
+                return "https" if "https://" in found[0] else "http", int(found[1])
             self._check_running()
             time.sleep(0.05)
         raise AssertionError(f"The server did not listen after {START_SECONDS} seconds:\n{self.log()}")
@@ -109,6 +113,20 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**environment, **extra}
 
 
+def health(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
+    """What ``sdxl-runtime health`` ends with in that working directory, and all that it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "health", *arguments],
+        cwd=folder,
+        env=clean_environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
 def launch(
     command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None
 ) -> tuple[subprocess.Popen[bytes], Path]:
@@ -126,12 +144,16 @@ DEMO_FLAGS = ("--model_id", "demo", "--model_name", "sdxl")
 
 @contextmanager
 def running_server(
-    folder: Path, *flags: str, env: Mapping[str, str] | None = None, model: Sequence[str] = DEMO_FLAGS
+    folder: Path,
+    *flags: str,
+    env: Mapping[str, str] | None = None,
+    model: Sequence[str] = DEMO_FLAGS,
+    verify: ssl.SSLContext | bool = True,
 ) -> Iterator[Server]:
     """A ready server of the demo model in that working directory; the last of two equal flags wins."""
     process, log_path = launch([sys.executable, "-m", "app", *model, "--http_port", "0", *flags], folder, env)
     try:
-        server = Server(process, log_path)
+        server = Server(process, log_path, verify)
         server.wait_until_ready()
         yield server
         code = server.stop()

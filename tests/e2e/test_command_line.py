@@ -44,6 +44,8 @@ KSERVE_FLAGS = {
     "protocol": ("v1", False),
     "predictor_protocol": ("v1", False),
     "predictor_use_ssl": ("False", False),
+    "ssl_certfile": ("none", True),
+    "ssl_keyfile": ("none", True),
     "predictor_request_timeout_seconds": ("600", False),
     "predictor_request_retries": ("0", False),
     "enable_predictor_health_check": ("False", False),

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from app.engine.weights import DEMO_WEIGHTS
-from tests.e2e.conftest import REPOSITORY, Server, clean_environment
+from tests.e2e.conftest import REPOSITORY, Server, clean_environment, health
 
 PREDICT = "/v1/models/sdxl:predict"
 INFER = "/v2/models/sdxl/infer"
@@ -267,19 +267,6 @@ def is_ready(client: httpx.Client, url: str) -> bool:
 
 
 # --- sdxl-runtime health ---------------------------------------------------------------------------------------
-
-
-def health(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "app", "health", *arguments],
-        cwd=folder,
-        env=clean_environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 def test_health_says_yes_of_a_server_that_is_well(server: Server, tmp_path: Path) -> None:

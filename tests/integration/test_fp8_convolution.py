@@ -47,7 +47,8 @@ SPARE = 8
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8_convolution, "_convolve", InterpretedFunction(KERNEL.fn))
     monkeypatch.setattr(fp8_convolution, "_known", {})
-    monkeypatch.setattr(fp8_convolution, "TRIAL", (1, 8, 8))
+    monkeypatch.setattr(fp8_convolution, "TRIAL_PICTURES", 1)
+    monkeypatch.setattr(fp8_convolution, "TRIAL_FEATURES", 8 * 128)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
 
 
@@ -184,12 +185,31 @@ def test_each_kind_is_tried_once_and_all_of_it_are_replaced() -> None:
         tried.append(work)
         return clock({TILE: 0.5})(work)
 
-    assert use_fp8_convolutions(model, seconds) == 4
+    assert use_fp8_convolutions(model, seconds=seconds) == 4
     first = len(tried)
     replaced = [name for name, layer in model.named_modules() if isinstance(layer, Fp8Conv2d)]
     assert replaced == ["1.conv1", "1.conv2", "2.conv1", "2.conv2"], "others read what no norm has bounded"
-    assert use_fp8_convolutions(block(128, 128), seconds) == 2
+    assert use_fp8_convolutions(block(128, 128), seconds=seconds) == 2
     assert len(tried) == first, "what was measured on one GPU holds for others of its kind"
+
+
+def test_the_next_start_makes_the_same_choice(tmp_path: Path) -> None:
+    """Or it would paint other pictures, and find nothing of what was compiled."""
+
+    def again(cache_dir: Path, seconds: Callable[[Callable[[], Any]], float]) -> list[Tile]:
+        fp8_convolution._known.clear()
+        model = nn.Sequential(block(64, 128), block(128, 128))
+        use_fp8_convolutions(model, cache_dir, seconds)
+        return [Tile(*layer.tile) for layer in model.modules() if isinstance(layer, Fp8Conv2d)]
+
+    first = again(tmp_path, clock({TILES[1]: 0.5, TILES[3]: 0.4}))
+    assert first == [TILES[3]] * 4
+    assert again(tmp_path, clock({TILES[1]: 0.4, TILES[3]: 0.5})) == first
+    (kept,) = tmp_path.iterdir()
+    for broken in ("", "[]", '{"a GPU": [1, 2]}', '{"a GPU": "x"}'):
+        kept.write_text(broken, encoding="utf-8")
+        assert again(tmp_path, clock({TILES[1]: 0.4, TILES[3]: 0.5})) == [TILES[1]] * 4
+    assert again(tmp_path / "nowhere", clock({TILES[1]: 0.4})) == [TILES[1]] * 4
 
 
 def test_a_kernel_that_cannot_be_compiled_leaves_the_convolution_as_it_is(
@@ -230,7 +250,7 @@ def test_pictures_change_a_little() -> None:
     base = load_demo()
     expected = ours(SdxlFamily(base), **asked)
     base.unet = copy.deepcopy(base.unet)
-    assert use_fp8_convolutions(base.unet, clock({TILE: 0.1})) == 3
+    assert use_fp8_convolutions(base.unet, seconds=clock({TILE: 0.1})) == 3
     found = psnr(ours(SdxlFamily(base), **asked), expected)
     assert 28 < found < 60
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import logging
 from pathlib import Path
@@ -29,7 +30,8 @@ COMMON: dict[str, Any] = {"num_inference_steps": 3}
 
 @pytest.fixture(scope="module")
 def inpainting(stock: StableDiffusionXLPipeline) -> StableDiffusionXLInpaintPipeline:
-    pipeline = make_inpainting(stock)
+    # Others compare with the stock pipeline in every pixel, and a test here lays out its weights anew.
+    pipeline = make_inpainting(copy.deepcopy(stock))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

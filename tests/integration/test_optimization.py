@@ -18,6 +18,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from app.engine import fp8
 from app.engine.adapters import Adapters
@@ -188,6 +189,62 @@ def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_
             assert (graphs(), compiler.unexpected) == (before, count)
 
 
+def test_as_many_rows_as_there_are_positions_are_no_other_shape() -> None:
+    torch.compiler.reset()
+    compiler = Compiler("eager")
+    run = compiler.compile(lambda rows, img_ids: rows + img_ids.sum())
+    with torch.inference_mode():
+        with compiler.warm():
+            for rows in (1, 2):
+                run(torch.ones(rows, 4), img_ids=torch.ones(16, 3))
+        before = graphs()
+        for rows in (3, 16):
+            assert torch.equal(run(torch.ones(rows, 4), img_ids=torch.ones(16, 3)), torch.full((rows, 4), 49.0))
+    assert (graphs(), compiler.unexpected) == (before, 0)
+
+
+def test_graphs_are_recorded_while_warming_and_for_no_length_that_comes_later() -> None:
+    torch.compiler.reset()
+    compiler, sizes = Compiler(), []
+
+    @torch.compiler.disable
+    def look(rows: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        sizes.append(torch._inductor.config.triton.cudagraph_capture_sizes)
+        return rows + words.sum()
+
+    run = Compiled(compiler, look, look, {"words": 1}, graphs=True)
+    with torch.inference_mode():
+        with compiler.warm():
+            run(torch.ones(2, 4), words=torch.ones(2, 77))
+        for length in (77, 154, 77):
+            run(torch.ones(2, 4), words=torch.ones(2, length))
+    assert compiler.unexpected == 0
+    everything, nothing = None, ()
+    assert sizes == [everything, everything, nothing, everything]
+
+
+def test_attention_has_plans_in_what_is_compiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(optimization: Optimization, compiler: Compiler | None) -> SDPBackend | None:
+        with optimization.attention(torch.device("cuda"), compiler):
+            return _cur_sdpa_kernel_backends(with_priority=True)[0]
+
+    gpu = Placement(torch.device("cuda"), torch.float16, None, "none")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
+    for capability, planned in (((9, 0), SDPBackend.CUDNN_ATTENTION), ((8, 9), SDPBackend.FLASH_ATTENTION)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        chosen = choose_optimization(Settings(optimize="compile", max_batch_size=4), gpu)
+        compiler = Compiler("eager")
+        assert first(chosen, None) is first(chosen, compiler) is SDPBackend.FLASH_ATTENTION
+        with compiler.warm():
+            assert first(chosen, compiler) is planned
+        every = planned is SDPBackend.CUDNN_ATTENTION
+        assert chosen.row_counts(64 * 64, graphs=False) == ((1, 2, 3, 4) if every else (1, 2, 4))
+    assert first(choose_optimization(Settings(), gpu), None) is SDPBackend.FLASH_ATTENTION
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
+    assert not choose_optimization(Settings(optimize="compile"), gpu).plans, "wrong for some lengths"
+
+
 def test_errors_of_what_was_compiled_are_told_as_they_are() -> None:
     torch.compiler.reset()
     compiler, full = Compiler(), False
@@ -329,6 +386,10 @@ def test_an_adapter_of_another_kind_is_told_in_one_sentence() -> None:
     pipeline.unet.add_adapter(LoraConfig(r=2, use_dora=True, target_modules=["to_q"]), adapter_name="dora")
     with pytest.raises(ModelLoadFailed, match="is a DoRA"):
         MergedAdapters(pipeline, {"dora": 1.0})
+    pipeline = load_demo()
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_bias=True, target_modules=["to_out.0"]), adapter_name="biased")
+    with pytest.raises(ModelLoadFailed, match="has biases"):
+        MergedAdapters(pipeline, {"biased": 1.0})
 
 
 # --- What costs a little of the picture ------------------------------------------------------------------------

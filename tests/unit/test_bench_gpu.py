@@ -54,7 +54,8 @@ def setup(*images: int) -> Setup:
 
 
 def test_what_does_not_fit_is_said_so_and_the_rest_is_measured(engine: Engine) -> None:
-    *_, waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-schnell"])
+    *so_far, waves = take_turns({"off": engine}, setup(1, 2, 4), MODELS["flux-schnell"])
+    assert len(so_far) == 5, "what was measured can be kept after each of three cases, twice"
     assert waves["off", (2, 4)] == UNFIT
     for images in (1, 2):
         found = waves["off", (2, images)]

@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from app.compile_cache import FOLDERS, compiling, keep
-from app.errors import InvalidSettings, ModelLoadFailed
+from app import compile_cache
+from app.compile_cache import FOLDERS, compiling, folder_of
+from app.errors import GenerationFailed, InvalidSettings, ModelLoadFailed
+from app.settings import Settings
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in FOLDERS:
         monkeypatch.setenv(variable, "before")
+
+
+def keep(folder: Path | None) -> None:
+    compile_cache.keep(Settings(optimize="compile", cache_dir=folder))
 
 
 def library(folder: Path, name: str, age: float = 0.0) -> Path:
@@ -86,9 +92,60 @@ def test_a_cache_that_may_be_why_nothing_can_be_compiled_is_emptied(tmp_path: Pa
     with pytest.raises(ModelLoadFailed, match=told), compiling(tmp_path):
         raise ModelLoadFailed("No.")
     assert list(tmp_path.iterdir()) == [mine], "it may hold what is not ours"
+    library(tmp_path, "broken")
+    with pytest.raises(ModelLoadFailed, match="held is deleted"), compiling(tmp_path):
+        raise GenerationFailed("Numbers that are not finite.")
+    assert list(tmp_path.iterdir()) == [mine], "what a broken library computes is anything"
     keep(tmp_path)
     with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(None):
         raise ModelLoadFailed("No.")
+
+
+def test_who_cannot_compile_takes_nothing_from_others_who_do(tmp_path: Path) -> None:
+    with compiling(tmp_path):
+        theirs = library(tmp_path, "theirs")
+        with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(tmp_path):
+            raise ModelLoadFailed("No.")
+        assert theirs.exists()
+
+
+def test_a_cache_that_kills_whoever_reads_it_is_emptied_the_second_time(tmp_path: Path) -> None:
+    library(tmp_path, "broken", age=60)
+    code = (
+        "import os, signal, sys, pathlib, app.compile_cache\n"
+        "with app.compile_cache.compiling(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGBUS)"
+    )
+    for libraries in (1, 0):
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+        keep(tmp_path)
+        assert len(list(tmp_path.rglob("*.so"))) == libraries
+    library(tmp_path, "anew", age=60)
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    keep(tmp_path)
+    with compiling(tmp_path):
+        pass
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    keep(tmp_path)
+    assert len(list(tmp_path.rglob("*.so"))) == 1, "one got through in between"
+
+
+def test_without_a_folder_it_is_kept_among_the_users_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiles = Settings(optimize="max")
+    assert folder_of(compiles) is None, "the environment names a place"
+    for variable in FOLDERS:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert folder_of(Settings()) is None
+    assert folder_of(compiles) == tmp_path / "sdxl-runtime"
+    keep(None)
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "sdxl-runtime" / "triton")
+    assert folder_of(compiles) == tmp_path / "sdxl-runtime"
+    for variable in FOLDERS:
+        monkeypatch.delenv(variable)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep(None)
+    assert os.environ.keys().isdisjoint(FOLDERS), "the compilers' own places will do"
 
 
 def test_a_full_disk_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,12 @@ from app.health import ask, local_url, main
         (None, {"HOST": "10.0.0.7"}, "", "http://10.0.0.7:8080"),
         (None, {"HOST": "::"}, "", "http://[::1]:8080"),
         (None, {"HOST": "fd00::7"}, "", "http://[fd00::7]:8080"),
+        (None, {"SSL_CERTFILE": "/tls.crt"}, "", "https://127.0.0.1:8443"),
+        (None, {"KSERVE_TLS_CERT_FILE": "/tls.crt", "HTTP_PORT": "9000"}, "", "https://127.0.0.1:9000"),
+        (None, {"HOST": "::"}, "SSL_CERTFILE=/tls.crt", "https://[::1]:8443"),
+        ("9002", {}, "KSERVE_TLS_CERT_FILE=/tls.crt", "https://127.0.0.1:9002"),
+        (None, {"SSL_CERTFILE": "none"}, "SSL_CERTFILE=/tls.crt", "http://127.0.0.1:8080"),
+        (None, {"SSL_CERTFILE": "", "KSERVE_TLS_CERT_FILE": "/tls.crt"}, "", "http://127.0.0.1:8080"),
     ],
 )
 def test_it_asks_where_the_server_listens(

@@ -100,3 +100,34 @@ def test_all_is_imported_before_weights_are_read_and_nothing_that_the_model_does
     other = "app.engine.flux" if model_type == "sdxl" else "app.engine.sdxl"
     needless = {"compel", "torchvision", "pandas", "sklearn", "matplotlib", "open_clip", "bitsandbytes", "fastapi"}
     assert not {*needless, other, "app.engine.converting", "app.engine.hub"} & set(first)
+
+
+def test_libraries_are_read_once_and_what_few_requests_want_is_imported_for_them() -> None:
+    import json
+    import subprocess
+    import sys
+
+    code = (
+        "import collections, json, sys\n"
+        "read = collections.Counter()\n"
+        "def audit(event, arguments):\n"
+        "    if event == 'open' and 'site-packages' in str(arguments[0]) and str(arguments[0]).endswith('.py'):\n"
+        "        read[str(arguments[0])] += 1\n"
+        "sys.addaudithook(audit)\n"
+        "from app.engine.weights import load_family\n"
+        "from app.generation import GenerateRequest\n"
+        "from app.settings import Settings\n"
+        "family = load_family(Settings(model_id='demo'))\n"
+        "first = list(sys.modules)\n"
+        "ask = {'prompt': '', 'seed': 0, 'num_inference_steps': 3, 'use_beta_sigmas': True}\n"
+        "request = family.resolve(GenerateRequest(**ask))\n"
+        "levels = family.begin(request, family.encode(request)).legs[0].scheduler.sigmas.tolist()\n"
+        "imported = 'scipy.stats.distributions' in sys.modules\n"
+        "print(json.dumps([sum(times > 1 for times in read.values()), first, imported, levels]))"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=APP.parent)
+    twice, first, imported, levels = json.loads(result.stdout)
+    assert twice < 100  # of transformers' fifteen hundred, those of the models that are loaded
+    assert "scipy.stats.distributions" not in first
+    assert imported and levels == sorted(levels, reverse=True) and levels[-1] == 0

@@ -87,7 +87,7 @@ def test_what_does_not_appear_in_time_is_named_with_what_to_do(tmp_path: Path) -
         wait(Settings(model_id=str(tmp_path / "models"), mount_timeout=0.3))
     assert str(caught.value) == (
         f"{tmp_path}/models does not exist, after 0.3 seconds of waiting (the setting mount_timeout); mount a model "
-        "there, name another one with --model_id, or try the small demo model with --model_id demo."
+        "there, name another one with --model_id, or try the demo with --model_id demo."
     )
 
 
@@ -129,3 +129,12 @@ def test_unasked_only_the_mount_is_waited_for(
             wait(Settings(**given))
     else:
         assert wait(Settings(**given)) == []
+
+
+def test_an_adapter_that_comes_late_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "late.safetensors"
+    settings = Settings(model_id="demo", lora=(f"late={file}:0.5",), mount_timeout=FOREVER)
+    assert wait(settings, file.touch) == [f"waiting for the mount, {file} does not exist"]
+    file.unlink()
+    with pytest.raises(ModelLoadFailed, match=r"mount the adapter there, or correct --lora\.$"):
+        wait(settings.model_copy(update={"mount_timeout": 0.1}))

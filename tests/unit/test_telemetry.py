@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,27 @@ def root_logger() -> Iterator[logging.Logger]:
     yield root
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_libraries_warnings_have_the_same_shape(root_logger: logging.Logger) -> None:
+    configure_logging(Settings(log_format="json"))
+    stream = io.StringIO()
+    (handler,) = root_logger.handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.warn("Should have ta>=t0", UserWarning, stacklevel=1)
+    assert "Should have ta>=t0" in json.loads(stream.getvalue())["message"]
+
+
+def test_what_requests_are_turned_away_and_fail_for_is_there_before_the_first() -> None:
+    text = Telemetry("m").exposition().decode()
+    for sample in ('sdxl_rejected_total{model_name="m",reason="overloaded"} 0.0', 'reason="out_of_memory"} 0.0'):
+        assert sample in text
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])

@@ -1,0 +1,90 @@
+"""HTTPS: reads the server's certificate, and says what is wrong with it before anything else starts."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any, Never
+
+from app.errors import InvalidSettings
+
+
+class OneSided(ssl.SSLObject):
+    """A connection that says that it ends, and does not wait for the client to say so too.
+
+    Clients that keep an idle connection do not look at it, and would hold up the server's end for half a minute. Who
+    has not read everything yet is waited for.
+
+    Attributes:
+        unsent: what the client has still to take.
+    """
+
+    unsent: ssl.MemoryBIO
+
+    def unwrap(self) -> None:
+        waits = self.unsent.pending > 0
+        try:
+            super().unwrap()
+        except ssl.SSLWantReadError:
+            if waits:
+                raise
+
+
+class Certificate(ssl.SSLContext):
+    """The server's certificate, for connections that end as `OneSided` says."""
+
+    sslobject_class = OneSided
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *rest: Any, **named: Any) -> ssl.SSLObject:
+        connection = super().wrap_bio(incoming, outgoing, *rest, **named)
+        assert isinstance(connection, OneSided)
+        connection.unsent = outgoing
+        return connection
+
+
+def read_certificate(certfile: Path, keyfile: Path) -> ssl.SSLContext:
+    """What to serve HTTPS with.
+
+    Raises:
+        InvalidSettings: a file cannot be read, is not what it should be, or they do not belong together.
+    """
+    for flag, path in (("ssl_certfile", certfile), ("ssl_keyfile", keyfile)):
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise InvalidSettings(
+                f"--{flag} is {path}, which cannot be read ({error.strerror}); name a file that the server may read."
+            ) from None
+
+    def locked() -> Never:
+        # Otherwise OpenSSL asks at the terminal.
+        raise InvalidSettings(f"--ssl_keyfile is {keyfile}, which asks for a password; name a key without one.")
+
+    _check_certificate(certfile)
+    context = Certificate(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certfile, keyfile, locked)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise InvalidSettings(
+                f"--ssl_keyfile is {keyfile}, which is not the key of the certificate in {certfile}; name the two that "
+                "belong together."
+            ) from None
+        # Also certificates that are too weak for this OpenSSL are refused here.
+        reason = (error.reason or "unknown").lower().replace("_", " ")
+        blamed = "ssl_certfile" if "ee key" in reason or "ca md" in reason else "ssl_keyfile"
+        path, what = (certfile, "certificate") if blamed == "ssl_certfile" else (keyfile, "private key")
+        raise InvalidSettings(
+            f"--{blamed} is {path}, which holds no {what} that can be used ({reason}); name one in PEM format."
+        ) from None
+    return context
+
+
+def _check_certificate(certfile: Path) -> None:
+    """OpenSSL itself does not say which of the two files is wrong."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certfile)
+    except ssl.SSLError:
+        raise InvalidSettings(
+            f"--ssl_certfile is {certfile}, which holds no certificate that can be used; name one in PEM format."
+        ) from None
