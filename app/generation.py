@@ -180,11 +180,15 @@ class GenerateRequest:
     sigmas: tuple[float, ...] | None = field(
         default=None,
         metadata=_parameter(
-            Kind.LIST, "Noise levels of one's own, falling, instead of num_inference_steps.", minimum=0, maximum=1e6
+            Kind.LIST,
+            "Noise levels of one's own, falling, instead of num_inference_steps; for SDXL down to a last 0, which FLUX "
+            "has by itself.",
+            minimum=0,
+            maximum=1e6,
         ),
     )
     eta: float | None = field(
-        default=None, metadata=_parameter(Kind.NUMBER, "Noise that DDIM adds in each step.", minimum=0, maximum=1)
+        default=None, metadata=_parameter(Kind.NUMBER, "Noise that DDIM or TCD add in each step.", minimum=0, maximum=1)
     )
     original_size: tuple[int, int] | None = field(
         default=None,
@@ -197,13 +201,20 @@ class GenerateRequest:
         default=None, metadata=_size("SDXL size conditioning: height, width aimed at.")
     )
     negative_original_size: tuple[int, int] | None = field(
-        default=None, metadata=_size("The same for the negative prompt; as the prompt's unless given.")
+        default=None,
+        metadata=_size(
+            "For the negative prompt; as the prompt's unless given. Without an image it needs negative_target_size."
+        ),
     )
     negative_crops_coords_top_left: tuple[int, int] | None = field(
-        default=None, metadata=_size("The same for the negative prompt; as the prompt's unless given.")
+        default=None,
+        metadata=_size("For the negative prompt; 0, 0 unless given. Without an image it needs both negative sizes."),
     )
     negative_target_size: tuple[int, int] | None = field(
-        default=None, metadata=_size("The same for the negative prompt; as the prompt's unless given.")
+        default=None,
+        metadata=_size(
+            "For the negative prompt; as the prompt's unless given. Without an image it needs negative_original_size."
+        ),
     )
     aesthetic_score: float | None = field(
         default=None, metadata=_parameter(Kind.NUMBER, "Refiner: how beautiful the picture is.", minimum=0, maximum=10)

@@ -248,7 +248,9 @@ def _check_schedule(request: GenerateRequest, name: str, spacings: Sequence[str]
         raise InvalidRequest(f"{name} must fall from each number to the next.")
     if name == "timesteps" and not all(value.is_integer() for value in values):
         raise InvalidRequest("timesteps must be whole numbers.")
-    if request.num_inference_steps not in (None, len(values)):
+    # As many as its numbers; where the last one is only where the steps lead to, one less.
+    counts = (len(values), len(values) - 1) if name == "sigmas" else (len(values),)
+    if request.num_inference_steps not in (None, *counts):
         raise InvalidRequest(f"{name} has {len(values)} numbers, so leave num_inference_steps out.")
     others = [*spacings, *(["timestep_spacing"] if request.timestep_spacing is not None else [])]
     if others:

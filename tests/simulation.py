@@ -81,7 +81,8 @@ class Simulation:
             if name in parameters
         }
         request = GenerateRequest(**{"prompt": prompt, "seed": 1, "guidance_scale": 1.0} | parameters)
-        return self.queue.submit([self.family.resolve(request)], timeout, **options)
+        resolved = self.family.resolve(request)
+        return self.queue.submit([resolved], [self.family.steps(resolved)], timeout, **options)
 
     def turn(self, times: int = 1) -> None:
         """Let every device take so many turns."""

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 INLINE_BYTES = 64 * 1024
 """Bodies up to this size are read on the event loop; larger ones would keep it from answering health."""
 
+INLINE_CHARACTERS = 4_000
+"""Of all prompts of a request, which are taken apart into tokens before it is let in."""
+
 
 class Call(Protocol):
     """What a protocol makes of a body."""
@@ -63,7 +66,7 @@ class Serving:
         self.telemetry = telemetry
         self.settings = settings
         # An input image may take a hundred times the memory of its file while it is read.
-        self.image_readers = asyncio.Semaphore(settings.encode_threads)
+        self.readers = asyncio.Semaphore(settings.encode_threads)
 
     async def answer(
         self,
@@ -153,8 +156,8 @@ class Exchange:
         """
         model = self._model
         assert model is not None, "find comes first"
-        if any(request.image is not None for request in call.requests):
-            async with self._serving.image_readers:
+        if _takes_long(call.requests):
+            async with self._serving.readers:
                 requests = await asyncio.to_thread(model.resolve, call.requests)
         else:
             requests = model.resolve(call.requests)
@@ -195,3 +198,13 @@ class Exchange:
                 fields[f"{stage}_s"] = round(getattr(self._generation.timings, stage), 4)
         fields["total_s"] = round(time.monotonic() - self._started, 4)
         logger.info(self._verb, extra={"fields": fields})
+
+
+def _takes_long(requests: Sequence[GenerateRequest]) -> bool:
+    """Whether reading `requests` would keep the event loop from answering health."""
+    characters = sum(
+        len(text or "")
+        for request in requests
+        for text in (request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
+    )
+    return characters > INLINE_CHARACTERS or any(request.image is not None for request in requests)

@@ -147,9 +147,11 @@ class Batcher:
         once: Once | None = None,
         request_id: str | None = None,
     ) -> Ticket:
-        """Take a place for each image of `requests`; see `Queue.submit`."""
+        """Take a place for each image of `requests`; see `Queue.submit`. Only once it is ready."""
+        family = self.ready.result()
         return self.queue.submit(
             requests,
+            [family.steps(request) for request in requests],
             timeout,
             priority=priority,
             listener=listener,

@@ -43,7 +43,7 @@ GREY, WHITE = b"\x80", b"\xff"
 
 
 class Family(abc.ABC, Generic[J]):
-    """One loaded model. Only the thread that loaded it calls it, except `resolve`, which any thread may call."""
+    """One loaded model. Only the thread that loaded it calls it, except `resolve` and `steps`, which any thread may."""
 
     parameters: frozenset[str] = frozenset(PARAMETERS)
     """Names of the parameters that the model takes; requests with others are refused before `resolve`."""
@@ -78,6 +78,10 @@ class Family(abc.ABC, Generic[J]):
         Raises:
             InvalidRequest: the model cannot do this; the sentence says what it can do.
         """
+
+    def steps(self, request: GenerateRequest) -> int:
+        """Denoising steps that each picture of a resolved request will take."""
+        return request.num_inference_steps or 1
 
     def rehearsal(self, request: GenerateRequest) -> GenerateRequest:
         """`request`, which nobody sent, with what the model wants besides; not resolved.

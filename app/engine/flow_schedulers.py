@@ -99,6 +99,12 @@ class FlowSchedulers:
         scheduler.set_begin_index(first)
         return scheduler, scheduler.timesteps[first:]
 
+    def passes(self, request: GenerateRequest) -> int:
+        """How many timesteps `begin` will give; a step of Heun's has two, but the last one."""
+        assert request.scheduler is not None and request.num_inference_steps is not None
+        steps = request.num_inference_steps - first_step(request)
+        return 2 * steps - 1 if self._class(request.scheduler) is FlowMatchHeunDiscreteScheduler else steps
+
     def _class(self, name: str) -> type[Any]:
         return NAMES.get(name, self._default)
 

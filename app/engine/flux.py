@@ -110,6 +110,9 @@ class FluxFamily(Family[FluxJob]):
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         return self._requests.resolve(request)
 
+    def steps(self, request: GenerateRequest) -> int:
+        return self._requests.steps(request)
+
     def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
         losses = self._optimization.losses(request, guided=self._requests.guided(request))
         return (*losses, f"step_cache {self._optimization.step_cache}") if self._leaves_out(request) else losses

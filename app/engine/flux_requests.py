@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -14,6 +12,7 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 
 from app.engine.adapters import resolve as resolve_loras
 from app.engine.flow_schedulers import FlowSchedulers, first_step
+from app.engine.tokens import TokenCounter
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageTask
 
@@ -56,9 +55,7 @@ class FluxRequests:
         self.embeds_guidance = bool(pipeline.transformer.config.guidance_embeds)
         """Whether the transformer takes the guidance scale as an input; FLUX.1-dev does, schnell does not."""
         self.parameters = (PARAMETERS - (frozenset() if adapters else {"loras"})) | frozenset(WITHOUT_EFFECT)
-        # Counting tokens sets a tokenizer up anew, and the device thread has the pipeline's own.
-        self._tokenizer = copy.deepcopy(pipeline.tokenizer_2)
-        self._tokenizer_lock = threading.Lock()
+        self._count_tokens = TokenCounter(pipeline.tokenizer_2)
         self._factor: int = pipeline.vae_scale_factor * 2
         self.own_size = _own_size(pipeline, self._factor)
         self._defaults = {
@@ -87,6 +84,10 @@ class FluxRequests:
         self._check_lengths(resolved)
         self._check_shares(resolved)
         return resolved
+
+    def steps(self, request: GenerateRequest) -> int:
+        """Denoising steps of one picture of a resolved request."""
+        return self._schedulers.passes(request)
 
     def _size(self, request: GenerateRequest) -> tuple[int, int]:
         """Height and width: as asked, or the input image's own, or the model's."""
@@ -135,8 +136,7 @@ class FluxRequests:
                 ("negative_prompt_2", second) if second else ("negative_prompt", request.negative_prompt or "")
             )
         for name, text in texts:
-            with self._tokenizer_lock:
-                count = len(self._tokenizer(text, truncation=False, verbose=False).input_ids)
+            count = self._count_tokens(text)
             if count > most:
                 reason = "give a larger max_sequence_length" if count <= 512 else "shorten it"
                 raise InvalidRequest(

@@ -1,6 +1,9 @@
 """What SDXL's text encoders say about a prompt: as the stock pipeline asks them, in chunks where it is too long.
 
 ``(word:1.3)`` gives a weight to words; parentheses without a number are only parentheses. Knows no latents.
+
+An encoder runs once for each chunk, and once more for each part of a prompt that weighs less than 1: what a caller may
+ask of it is limited, and told before anything waits for the device.
 """
 
 from __future__ import annotations
@@ -15,10 +18,15 @@ from typing import Any
 import torch
 
 from app.engine.adapters import Loras
+from app.engine.tokens import TokenCounter
 from app.errors import InvalidRequest
 
-CACHE_SIZE = 128
-"""Prompts whose embeddings are kept; each takes about 0.3 MB for SDXL in half precision."""
+CACHE_BYTES = 64 * 1024**2
+"""Of embeddings that are kept; a short prompt takes about 0.3 MB for SDXL in half precision, the longest 12 MB."""
+MAX_TOKENS = 3000
+"""Of one prompt: 40 chunks of what CLIP reads at once."""
+MAX_LIGHT_PARTS = 16
+"""Parts of one prompt that weigh less than 1."""
 WEIGHT = re.compile(r"(?<!\\)\(([^():]+):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)")
 MAX_WEIGHT = 10.0
 
@@ -34,6 +42,10 @@ class Embedding:
 
     hidden: torch.Tensor
     pooled: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.hidden.nbytes + self.pooled.nbytes
 
 
 def fragments(prompt: str) -> tuple[list[str], list[float]]:
@@ -60,6 +72,46 @@ def fragments(prompt: str) -> tuple[list[str], list[float]]:
     return texts, weights
 
 
+class PromptLimits:
+    """Refuses prompts that the encoders of one pipeline cannot read or should not; any thread may ask.
+
+    Args:
+        pipeline: as for `PromptEncoder`.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
+        tokenizers = [tokenizer for tokenizer, encoder in pairs if encoder is not None]
+        self._counters = [TokenCounter(tokenizer) for tokenizer in tokenizers]
+        self._at_once = min(tokenizer.model_max_length for tokenizer in tokenizers)
+
+    def check(self, name: str, text: str, clip_skip: int | None = None) -> None:
+        """
+        Args:
+            name: of the parameter that holds `text`.
+            text: a prompt.
+            clip_skip: for this prompt.
+
+        Raises:
+            InvalidRequest: it has too many tokens, weights that make no sense, or more than `clip_skip` goes with.
+        """
+        count = max(counter(text) for counter in self._counters)
+        if count - 2 > MAX_TOKENS:
+            raise InvalidRequest(f"{name} has {count - 2} tokens, and at most {MAX_TOKENS} are read; shorten it.")
+        _, weights = fragments(text)
+        light = sum(weight < 1 for weight in weights)
+        if light > MAX_LIGHT_PARTS:
+            raise InvalidRequest(
+                f"{name} has {light} parts with a weight below 1, and at most {MAX_LIGHT_PARTS} may; give the others "
+                "no weight, or leave them out."
+            )
+        if clip_skip is not None and (count > self._at_once or WEIGHT.search(text)):
+            raise InvalidRequest(
+                f"clip_skip does not go with weights like (word:1.3) or with more than {self._at_once - 2} tokens, "
+                f"and {name} has one or the other."
+            )
+
+
 class PromptEncoder:
     """The text encoders of one pipeline; used on the device thread alone.
 
@@ -74,18 +126,16 @@ class PromptEncoder:
         pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
         self._encoders = [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
         self._cache: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
+        self._cached_bytes = 0
 
     def encode(self, prompt: str, prompt_2: str | None, clip_skip: int | None, loras: Loras) -> Embedding:
-        """The embedding of one prompt, cached.
+        """The embedding of one prompt within `PromptLimits`, cached.
 
         Args:
             prompt: for the first encoder, or for the only one.
             prompt_2: for the second encoder; the prompt unless given.
             clip_skip: layers to skip, counted from the last but one.
             loras: the adapters that are active; a part of the cache's key.
-
-        Raises:
-            InvalidRequest: `clip_skip` together with weights or more tokens than one chunk has.
         """
         key = (prompt, prompt_2 or prompt, clip_skip, loras)
         if key in self._cache:
@@ -102,13 +152,13 @@ class PromptEncoder:
                 clip_skip=clip_skip,
             )
             embedding = Embedding(hidden, pooled)
-        elif clip_skip is not None:
-            raise InvalidRequest("clip_skip does not go with weights like (word:1.3) or prompts of over 75 tokens.")
         else:
             embedding = self._chunked(texts)
         self._cache[key] = embedding
-        if len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
+        self._cached_bytes += embedding.nbytes
+        while self._cached_bytes > CACHE_BYTES:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.nbytes
         return embedding
 
     def _plain(self, texts: list[str]) -> bool:
@@ -123,8 +173,14 @@ class PromptEncoder:
         # Imported for the first prompt that needs it: the start of the server does not wait for it.
         from compel import EmbeddingsProvider, ReturnedEmbeddingsType
 
+        class Provider(EmbeddingsProvider):  # type: ignore[misc]
+            def _find_next_best_split_point(self, token_ids: list[int], max_length: int, *rest: Any) -> int:
+                # Only what one chunk holds can matter, but all that is left would be turned into words each time.
+                split: int = super()._find_next_best_split_point(token_ids[: max_length + 1], max_length, *rest)
+                return split
+
         return [
-            EmbeddingsProvider(
+            Provider(
                 tokenizer,
                 encoder,
                 truncate=False,

@@ -111,6 +111,7 @@ class Queue:
     def submit(
         self,
         requests: Sequence[GenerateRequest],
+        steps: Sequence[int],
         timeout: float,
         *,
         priority: int = DEFAULT_PRIORITY,
@@ -123,6 +124,7 @@ class Queue:
 
         Args:
             requests: resolved, with seeds.
+            steps: that each of their pictures takes.
             timeout: seconds until the request is given up.
             priority: 1 comes first, `MAX_PRIORITY` last.
             listener: hears of the request's progress.
@@ -140,7 +142,7 @@ class Queue:
             self._check_open()
             ticket = self._join(once, now) if once else None
             if ticket is None:
-                ticket = self._accept(requests, timeout, priority, now)
+                ticket = self._accept(Ticket(requests, steps, now, now + timeout, self), priority)
                 if once:
                     self.answers.add(once, ticket)
             if ticket.over:
@@ -171,10 +173,10 @@ class Queue:
             self._telemetry.idempotent("replayed" if ticket.over else "joined")
         return ticket
 
-    def _accept(self, requests: Sequence[GenerateRequest], timeout: float, priority: int, now: float) -> Ticket:
-        ticket = Ticket(requests, now, now + timeout, self)
+    def _accept(self, ticket: Ticket, priority: int) -> Ticket:
+        now = ticket.accepted
         alone = admission.schedule([ticket], self._costs)[ticket]
-        ticket.due = policy.due(now, alone, timeout, priority)
+        ticket.due = policy.due(now, alone, ticket.deadline - now, priority)
         forecast = self._forecast(now)
         admission.check_places(ticket, forecast, self._max_images)
         admission.check_seconds(ticket, forecast, self._max_seconds, self._costs, self._devices, now, alone)

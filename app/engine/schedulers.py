@@ -10,6 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -18,11 +19,12 @@ import torch
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest
+from app.parameters import SIGMA_SPACINGS, TIMESTEP_SPACINGS
 from app.sentences import describe, nearest
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "timestep_spacing")
+OPTIONS = (*SIGMA_SPACINGS, "timestep_spacing")
 """Parameters of a request that are entries of a scheduler's configuration."""
 CUSTOM = ("timesteps", "sigmas")
 """Parameters of a request that replace the number of steps."""
@@ -67,13 +69,29 @@ class Schedulers:
         for option in OPTIONS:
             if getattr(request, option) and option not in accepted:
                 raise InvalidRequest(f"The scheduler {name} has no {option}; leave it out or take another scheduler.")
+        spacings = [option for option in NAMES[name][1] if option in SIGMA_SPACINGS] if name in NAMES else []
         for custom in CUSTOM:
+            if getattr(request, custom) and spacings:
+                raise InvalidRequest(f"{custom} and the scheduler {name}, which spaces its own, contradict each other.")
             if getattr(request, custom) and custom not in inspect.signature(scheduler_class.set_timesteps).parameters:
                 raise InvalidRequest(
                     f"The scheduler {name} takes no {custom} of one's own; give num_inference_steps or take another "
                     "scheduler."
                 )
         return name
+
+    def ignored(self, request: GenerateRequest) -> list[str]:
+        """Names of parameters of a resolved request that its scheduler takes, and that change nothing."""
+        assert request.scheduler is not None
+        names = []
+        if request.eta and "eta" not in inspect.signature(_class(request.scheduler).step).parameters:
+            names.append("eta")
+        if request.timestep_spacing is not None:
+            spaced = [replace(request, timestep_spacing=spacing) for spacing in TIMESTEP_SPACINGS]
+            made = [self.begin(each, torch.device("cpu")) for each in spaced]
+            if len({(str(timesteps), str(getattr(scheduler, "sigmas", None))) for scheduler, timesteps in made}) == 1:
+                names.append("timestep_spacing")
+        return names
 
     def begin(self, request: GenerateRequest, device: torch.device) -> tuple[Any, torch.Tensor]:
         """A scheduler of its own for one image, and all its timesteps, ``[n]``.
@@ -101,9 +119,9 @@ class Schedulers:
         except (ValueError, IndexError, RuntimeError, AssertionError) as error:
             logger.info("the scheduler %s: %s", request.scheduler, error)
             asked = f"the {next(iter(chosen))} given" if chosen else f"{request.num_inference_steps} steps"
+            instead = "leave them out" if chosen else "take another number of steps"
             raise InvalidRequest(
-                f"The scheduler {request.scheduler} cannot do {asked}; take another number of steps or another "
-                "scheduler."
+                f"The scheduler {request.scheduler} cannot do {asked}; {instead} or take another scheduler."
             ) from None
         timesteps: torch.Tensor = scheduler.timesteps
         return scheduler, timesteps

@@ -25,11 +25,11 @@ from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.prompts import Embedding
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
 from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
+from app.engine.sdxl_schedule import Stretch, parts_of, plan
 from app.engine.vae import CPU_DECODE_LOAD
 from app.engine.warming import warm
 from app.generation import PARAMETERS, GenerateRequest, ImageTask
 
-CPU = torch.device("cpu")
 OTHERS_PARAMETERS = frozenset({"true_cfg_scale", "max_sequence_length"})
 """FLUX's."""
 
@@ -81,6 +81,9 @@ class SdxlFamily(Family[SdxlJob]):
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         return self._requests.resolve(request)
 
+    def steps(self, request: GenerateRequest) -> int:
+        return self._requests.steps(request)
+
     def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._optimization.losses(request, guided=self._requests.guided(request))
 
@@ -103,7 +106,7 @@ class SdxlFamily(Family[SdxlJob]):
         loras = request.loras or ()
         self._activate(loras)
         conditioning = Conditioning({}, {})
-        for part in self._parts(request):
+        for part in parts_of(request, self._base, self._refiner):
             # The refiner has only the second encoder, and reads the prompt with it.
             positive = part.prompts.encode(request.prompt, request.prompt_2, request.clip_skip, loras)
             if self._requests.guided(request):
@@ -120,12 +123,6 @@ class SdxlFamily(Family[SdxlJob]):
         negative = part.prompts.encode(request.negative_prompt or "", request.negative_prompt_2, None, loras)
         return part.prompts.pad(negative, positive.hidden.shape[1], loras)
 
-    def _parts(self, request: GenerateRequest) -> list[Part]:
-        limit, end = request.denoising_limit, request.denoising_end
-        if self._refiner is None or limit is None or limit >= 1 or (end is not None and end <= limit):
-            return [self._base]
-        return [self._base, self._refiner]
-
     def _activate(self, loras: Loras) -> None:
         if self._adapters is not None:
             self._adapters.activate(loras)
@@ -137,7 +134,8 @@ class SdxlFamily(Family[SdxlJob]):
         assert request.seed is not None and request.guidance_scale is not None
         generator = torch.Generator().manual_seed(request.seed)
         dtype = conditioning.positive[self._base.name].hidden.dtype
-        legs = self._legs(request, conditioning, generator)
+        way = plan(request, self._base, self._refiner)
+        legs = [self._leg(stretch, request, conditioning, generator) for stretch in way]
         latents, inpainting = self._latents(request, legs[0], generator, dtype)
         if inpainting is not None:
             for leg in legs:
@@ -160,70 +158,26 @@ class SdxlFamily(Family[SdxlJob]):
             loras=request.loras or (),
         )
 
-    def _legs(self, request: GenerateRequest, conditioning: Conditioning, generator: torch.Generator) -> list[Leg]:
-        parts = self._parts(request)
-        base = self._leg(parts[0], request, conditioning, generator)
-        if len(parts) == 1:
-            base.scheduler_timesteps = schedulers.to_fraction(
-                base.scheduler, base.scheduler_timesteps, request.denoising_end
-            )
-            legs = [base]
-        else:
-            assert request.denoising_limit is not None
-            refiner = self._leg(parts[1], request, conditioning, generator)
-            base.scheduler_timesteps = schedulers.to_fraction(
-                base.scheduler, base.scheduler_timesteps, request.denoising_limit
-            )
-            # Where an image is changed so little, or in so few steps, that none is left for the base, the refiner does
-            # it alone.
-            alone = not len(base.scheduler_timesteps)
-            if not alone:
-                start = schedulers.from_fraction(
-                    refiner.scheduler, refiner.scheduler.timesteps, request.denoising_limit
-                )
-                self._start(refiner, start)
-            refiner.scheduler_timesteps = schedulers.to_fraction(
-                refiner.scheduler, refiner.scheduler_timesteps, request.denoising_end
-            )
-            legs = [refiner] if alone else [base, refiner] if len(refiner.scheduler_timesteps) else [base]
-        for leg in legs:
-            leg.timesteps = leg.scheduler_timesteps.to(self._device, torch.float32)
-        return legs
-
-    def _leg(self, part: Part, request: GenerateRequest, conditioning: Conditioning, generator: torch.Generator) -> Leg:
-        """The way through one part with all its steps, from where `strength` begins."""
-        scheduler, timesteps = part.schedulers.begin(request, CPU)
+    def _leg(
+        self, stretch: Stretch, request: GenerateRequest, conditioning: Conditioning, generator: torch.Generator
+    ) -> Leg:
+        part, scheduler = stretch.part, stretch.scheduler
         positive, negative = conditioning.positive[part.name], conditioning.negative.get(part.name)
         embeddings = [positive] if negative is None else [negative, positive]
         time_ids = self._time_ids(part, request, positive.hidden.dtype)
-        leg = Leg(
+        return Leg(
             part=part,
             scheduler=scheduler,
-            scheduler_timesteps=timesteps,
-            timesteps=timesteps,
-            first_timestep=timesteps[:1],
+            scheduler_timesteps=stretch.timesteps,
+            timesteps=stretch.timesteps.to(self._device, torch.float32),
+            first_timestep=stretch.first_timestep,
             step_options=schedulers.step_options(scheduler, generator, request.eta or 0.0),
             embeddings=torch.cat([embedding.hidden for embedding in embeddings]),
             pooled=torch.cat([embedding.pooled for embedding in embeddings]),
             time_ids=time_ids if negative is not None else time_ids[1:],
             timestep_cond=self._timestep_cond(part, request, positive.hidden.dtype),
+            start=stretch.start,
         )
-        start = 0
-        if request.image is not None:
-            assert request.strength is not None and request.num_inference_steps is not None
-            custom = request.timesteps or request.sigmas
-            steps = len(timesteps) if custom else request.num_inference_steps
-            start = schedulers.from_strength(scheduler, steps, request.strength)
-        self._start(leg, start)
-        return leg
-
-    @staticmethod
-    def _start(leg: Leg, index: int) -> None:
-        leg.start = index
-        leg.scheduler_timesteps = leg.scheduler.timesteps[index:]
-        leg.first_timestep = leg.scheduler.timesteps[index : index + 1]
-        if hasattr(leg.scheduler, "set_begin_index"):
-            leg.scheduler.set_begin_index(index)
 
     def _time_ids(self, part: Part, request: GenerateRequest, dtype: torch.dtype) -> torch.Tensor:
         """``[2, 6]``, the refiner's ``[2, 5]``: of the negative prompt and of the positive one."""

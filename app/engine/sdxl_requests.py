@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,10 @@ from diffusers import (
 )
 
 from app.engine.adapters import resolve as resolve_loras
+from app.engine.prompts import PromptLimits
+from app.engine.schedulers import CUSTOM, OPTIONS
 from app.engine.sdxl_job import Part
+from app.engine.sdxl_schedule import parts_of, plan
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageTask
 from app.sentences import describe
@@ -28,6 +32,12 @@ STOCK = {
 }
 """The stock pipeline of each task; its ``__call__`` has the defaults."""
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
+NEGATIVE_SIZES = ("negative_original_size", "negative_crops_coords_top_left", "negative_target_size")
+SCHEDULE = (
+    *("scheduler", *OPTIONS, *CUSTOM, "num_inference_steps", "strength"),
+    *("denoising_limit", "denoising_end"),
+)
+"""Parameters that say which steps there are."""
 
 
 class SdxlRequests:
@@ -53,18 +63,19 @@ class SdxlRequests:
             task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
             for task, stock in STOCK.items()
         }
+        self._prompt_limits = PromptLimits(base.pipeline)
+        self._count = functools.lru_cache(maxsize=256)(self._count_steps)
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         default = self._defaults[request.task]
         height, width = self._size(request)
         self._check_clip_skip(request.clip_skip)
-        custom = request.timesteps or request.sigmas
-        steps = given(request.num_inference_steps, default["num_inference_steps"])
+        self._check_prompts(request)
         resolved = replace(
             request,
             height=height,
             width=width,
-            num_inference_steps=len(custom) if custom else steps,
+            num_inference_steps=self._asked_steps(request, default["num_inference_steps"]),
             guidance_scale=given(request.guidance_scale, default["guidance_scale"]),
             guidance_rescale=given(request.guidance_rescale, default["guidance_rescale"]),
             strength=given(request.strength, default["strength"]) if request.image is not None else None,
@@ -77,7 +88,31 @@ class SdxlRequests:
         if self._refiner is not None:
             resolved = self._resolve_refiner(resolved)
         self._check_image(resolved)
+        # What the scheduler cannot do is found out here, and not once others share its device.
+        self.steps(resolved)
         return resolved
+
+    @staticmethod
+    def _asked_steps(request: GenerateRequest, default: int) -> int:
+        if request.timesteps:
+            return len(request.timesteps)
+        if request.sigmas:
+            if len(request.sigmas) < 2:
+                raise InvalidRequest("sigmas must have at least 2 numbers: each step goes from one to the next.")
+            return len(request.sigmas) - 1
+        return default if request.num_inference_steps is None else request.num_inference_steps
+
+    def steps(self, request: GenerateRequest) -> int:
+        """Denoising steps of one picture of a resolved request, through all parts.
+
+        Raises:
+            InvalidRequest: the scheduler cannot do them.
+        """
+        return self._count(*(getattr(request, name) for name in SCHEDULE))
+
+    def _count_steps(self, *schedule: Any) -> int:
+        request = GenerateRequest(prompt="", seed=0, **dict(zip(SCHEDULE, schedule, strict=True)))
+        return sum(len(stretch.timesteps) for stretch in plan(request, self._base, self._refiner))
 
     def _resolve_refiner(self, request: GenerateRequest) -> GenerateRequest:
         default = self._defaults[ImageTask.IMAGE_TO_IMAGE]
@@ -125,6 +160,14 @@ class SdxlRequests:
         if clip_skip is not None and clip_skip > most:
             raise InvalidRequest(f"clip_skip must be at most {most} for this model, not {describe(clip_skip)}.")
 
+    def _check_prompts(self, request: GenerateRequest) -> None:
+        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+            text = getattr(request, name)
+            if text:
+                # The stock pipeline does not skip layers for the negative prompt.
+                skips = None if name.startswith("negative") else request.clip_skip
+                self._prompt_limits.check(name, text, skips)
+
     def _check_image(self, request: GenerateRequest) -> None:
         if self.only_inpaints and request.mask_image is None:
             raise InvalidRequest("This model only inpaints; give the inputs image and mask_image.")
@@ -138,21 +181,44 @@ class SdxlRequests:
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         sentences = []
-        if not self.guided(request) and (request.negative_prompt or request.negative_prompt_2):
+        guided = self.guided(request)
+        if not guided and (request.negative_prompt or request.negative_prompt_2):
             sentences.append("The negative prompt has no effect without guidance.")
         elif request.negative_prompt is None and request.negative_prompt_2 and zero_negative(self._base):
             sentences.append("negative_prompt_2 has no effect without negative_prompt.")
+        if not guided:
+            names = ["guidance_rescale"] if request.guidance_rescale else []
+            names += [name for name in NEGATIVE_SIZES if getattr(request, name) is not None]
+            sentences += _no_effect(names, "without guidance")
+        elif request.task is ImageTask.TEXT_TO_IMAGE:
+            sentences += self._lone_sizes(request)
         if self._refiner is None:
             names = [name for name in ("denoising_limit", *SCORES) if getattr(request, name) is not None]
-            if names:
-                have = "has" if len(names) == 1 else "have"
-                sentences.append(f"{' and '.join(names)} {have} no effect without a refiner.")
+            sentences += _no_effect(names, "without a refiner")
+        sentences += _no_effect(self._base.schedulers.ignored(request), f"with the scheduler {request.scheduler}")
+        if request.sigmas and request.sigmas[-1] > 0:
+            sentences.append(f"sigmas end with {request.sigmas[-1]:g} and not 0, so that the picture keeps this noise.")
+        if not self.steps(request):
+            sentences.append("denoising_end leaves no step to do, so that the picture is noise.")
         return tuple(sentences)
+
+    def _lone_sizes(self, request: GenerateRequest) -> list[str]:
+        """The stock base wants both sizes of the negative prompt, or none of its three counts."""
+        given_sizes = [name for name in NEGATIVE_SIZES if getattr(request, name) is not None]
+        missing = [name for name in (NEGATIVE_SIZES[0], NEGATIVE_SIZES[2]) if name not in given_sizes]
+        if not missing or len(parts_of(request, self._base, self._refiner)) > 1:
+            return []
+        return _no_effect(given_sizes, f"without {' and '.join(missing)}")
 
     def guided(self, request: GenerateRequest) -> bool:
         """Whether each step asks for the negative prompt too."""
         # Models distilled for guidance take the scale as an input instead.
         return (request.guidance_scale or 0) > 1 and self._base.unet.config.time_cond_proj_dim is None
+
+
+def _no_effect(names: Sequence[str], why: str) -> list[str]:
+    """One sentence about all of `names`, or none."""
+    return [f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no effect {why}."] if names else []
 
 
 def zero_negative(part: Part) -> bool:

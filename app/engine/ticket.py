@@ -59,27 +59,23 @@ class Image:
         index: its number within the ticket.
         conditioning: what the text encoders said, until its job has begun.
         job: its state on the device, until it is decoded.
+        steps: that it takes from start to end.
         began: when it left the queue.
-        total: denoising steps from start to end, once its job has begun.
         rows: that it brings to a forward pass, once its job has begun.
     """
 
     ticket: Ticket
     request: GenerateRequest
     index: int
+    steps: int
     stage: Stage = Stage.WAITING
     conditioning: Any = None
     job: Job | None = None
     began: float = 0.0
     steps_done: int = 0
-    total: int = 0
     rows: int = 0
     pixels: Pixels | None = None
     encoded: bytes | None = None
-
-    @property
-    def steps(self) -> int:
-        return self.total or self.request.num_inference_steps or 1
 
     @property
     def remaining(self) -> int:
@@ -97,6 +93,7 @@ class Ticket:
     """One accepted request. Its `future` resolves exactly once: with a `Generation` or a `RuntimeFault`.
 
     Attributes:
+        steps: that each picture takes, one number for each of the requests.
         request_ids: of the HTTP requests that wait for it.
         accepted: when, on the batcher's clock, as all its times.
         deadline: when it is given up.
@@ -110,6 +107,7 @@ class Ticket:
     """
 
     requests: Sequence[GenerateRequest]
+    steps: Sequence[int]
     accepted: float
     deadline: float
     keeper: Keeper
@@ -133,11 +131,11 @@ class Ticket:
         # From here on nobody can cancel the future behind our back; `cancel` is the way.
         self.future.set_running_or_notify_cancel()
         pictures = [
-            replace(request, seed=((request.seed or 0) + i) % (MAX_SEED + 1), num_images_per_prompt=1)
-            for request in self.requests
+            (replace(request, seed=((request.seed or 0) + i) % (MAX_SEED + 1), num_images_per_prompt=1), steps)
+            for request, steps in zip(self.requests, self.steps, strict=True)
             for i in range(request.num_images_per_prompt)
         ]
-        self.images = [Image(self, request, index) for index, request in enumerate(pictures)]
+        self.images = [Image(self, request, index, steps) for index, (request, steps) in enumerate(pictures)]
 
     def cancel(self) -> None:
         """Take no further step for this request, whoever waits for it. Does nothing when it is over already."""

@@ -102,7 +102,8 @@ class Worker:
     def _paint_once(self) -> None:
         request = self.family.rehearsal(GenerateRequest(prompt="", seed=0, num_inference_steps=WARM_STEPS))
         request = self.family.resolve(request)
-        image = Image(Ticket([request], 0.0, 0.0, self._queue), request, 0)
+        steps = self.family.steps(request)
+        image = Image(Ticket([request], [steps], 0.0, 0.0, self._queue), request, 0, steps)
         for _ in range(2):
             job = self.family.begin(request, self.family.encode(request))
             started = self._clock()
@@ -206,7 +207,7 @@ class Worker:
         for image in images:
             image.job = self.family.begin(image.request, image.conditioning)
             image.conditioning = None
-            image.total, image.rows = image.job.num_steps, self.family.rows(image.job)
+            image.steps, image.rows = image.job.num_steps, self.family.rows(image.job)
             image.ticket.warnings.update(dict.fromkeys(self.family.warnings(image.request)))
             image.ticket.lossy.update(dict.fromkeys(self.family.lossy(image.request)))
 

@@ -25,7 +25,10 @@ def ours(family: Family[Any], **parameters: Any) -> np.ndarray:
 
 
 def resolved(family: Family[Any], **parameters: Any) -> GenerateRequest:
-    """A request with Pillow's images."""
+    """A request with Pillow's images, and with the lists that the stock pipelines take."""
+    for name in ("timesteps", "sigmas"):
+        if name in parameters:
+            parameters[name] = tuple(parameters[name])
     for name in ("image", "mask_image"):
         if isinstance(parameters.get(name), Image.Image):
             (parameters[name],) = decode_images([(name, png(parameters[name]))], 10**7)

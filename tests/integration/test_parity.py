@@ -14,7 +14,7 @@ from app.engine.schedulers import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest
-from tests.integration.stock import ours, theirs
+from tests.integration.stock import ours, picture, resolved, theirs
 
 PROMPT = "a small red star on a white background"
 
@@ -129,6 +129,10 @@ def test_noise_levels_and_spacings_are_those_of_the_stock_scheduler(
         ({"scheduler": "DDIM", "use_karras_sigmas": True}, "DDIM has no use_karras_sigmas"),
         ({"scheduler": "DDIM", "sigmas": (3.0, 1.0)}, "DDIM takes no sigmas of one's own"),
         ({"scheduler": "UniPC", "timesteps": (3.0, 1.0)}, "UniPC takes no timesteps of one's own"),
+        ({"scheduler": "UniPC", "sigmas": (3.0, 0.0)}, "UniPC cannot do the sigmas given; leave them out"),
+        ({"scheduler": "Euler Karras", "timesteps": (900.0, 1.0)}, "timesteps and the scheduler Euler Karras"),
+        ({"scheduler": "Euler Karras", "sigmas": (3.0, 0.0)}, "Euler Karras, which spaces its own, contradict"),
+        ({"sigmas": (3.0,)}, "sigmas must have at least 2 numbers"),
     ],
 )
 def test_what_a_scheduler_cannot_do_is_refused_by_its_name(
@@ -136,6 +140,37 @@ def test_what_a_scheduler_cannot_do_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
         family.resolve(GenerateRequest(prompt=PROMPT, **parameters))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "steps"),
+    [
+        ({}, 6),
+        ({"scheduler": "Heun"}, 11),
+        ({"scheduler": "DPM2 a"}, 11),
+        ({"scheduler": "PNDM"}, 15),
+        ({"denoising_end": 0.5}, 2),
+        ({"denoising_end": 0.01}, 0),
+        ({"timesteps": (900.0, 500.0, 100.0)}, 3),
+        ({"sigmas": (14.0, 3.0, 1.0, 0.0)}, 3),
+        ({"image": picture(), "strength": 0.5}, 3),
+        ({"image": picture(), "strength": 0.5, "scheduler": "Heun"}, 5),
+        ({"image": picture(), "mask_image": picture().convert("L"), "strength": 0.34}, 2),
+        ({"image": picture(), "sigmas": (14.0, 3.0, 1.0, 0.0), "strength": 0.7}, 2),
+    ],
+)
+def test_how_many_steps_there_will_be_is_known_before_they_begin(
+    family: SdxlFamily, parameters: dict[str, Any], steps: int
+) -> None:
+    if not {"timesteps", "sigmas"} & set(parameters):
+        parameters = {"num_inference_steps": 6, **parameters}
+    request = resolved(family, prompt=PROMPT, seed=1, **parameters)
+    assert family.steps(request) == steps
+    assert family.begin(request, family.encode(request)).num_steps == steps
+
+
+def test_sigmas_of_ones_own_are_counted_as_the_steps_between_them(family: SdxlFamily) -> None:
+    assert family.resolve(GenerateRequest(prompt=PROMPT, sigmas=(14.0, 3.0, 0.0))).num_inference_steps == 2
 
 
 def test_eta_is_ddims(family: SdxlFamily, stock: StableDiffusionXLPipeline) -> None:
@@ -187,14 +222,64 @@ def test_what_the_model_cannot_do_is_refused_with_what_it_can(
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("common", "idle", "message"),
     [
-        ({"prompt": "p", "guidance_scale": 1.0, "negative_prompt": "x"}, "no effect without guidance"),
-        ({"prompt": "p", "negative_prompt_2": "x"}, "no effect without negative_prompt"),
+        ({"guidance_scale": 1.0}, {"negative_prompt": "x"}, "no effect without guidance"),
+        ({}, {"negative_prompt_2": "x"}, "no effect without negative_prompt"),
+        ({"guidance_scale": 1.0}, {"guidance_rescale": 0.7}, "guidance_rescale has no effect without guidance"),
+        (
+            {"guidance_scale": 1.0},
+            {"negative_original_size": (8, 8), "negative_target_size": (8, 8)},
+            "negative_original_size and negative_target_size have no effect without guidance",
+        ),
+        ({}, {"negative_original_size": (8, 8)}, "has no effect without negative_target_size"),
+        ({}, {"negative_target_size": (8, 8)}, "has no effect without negative_original_size"),
+        (
+            {},
+            {"negative_crops_coords_top_left": (8, 8)},
+            "negative_crops_coords_top_left has no effect without negative_original_size and negative_target_size",
+        ),
+        ({}, {"eta": 0.5}, "eta has no effect with the scheduler EulerDiscreteScheduler"),
+        ({"scheduler": "Euler a"}, {"eta": 0.5}, "eta has no effect with the scheduler Euler a"),
+        ({"scheduler": "LCM"}, {"timestep_spacing": "trailing"}, "timestep_spacing has no effect with the scheduler"),
+        ({"scheduler": "TCD", "eta": 0.3}, {"timestep_spacing": "linspace"}, "timestep_spacing has no effect"),
+        ({"scheduler": "DPM++ 2M Karras"}, {"timestep_spacing": "linspace"}, "timestep_spacing has no effect"),
     ],
 )
-def test_what_has_no_effect_is_said(family: SdxlFamily, parameters: dict[str, Any], message: str) -> None:
-    (sentence,) = family.warnings(family.resolve(GenerateRequest(**parameters)))
+def test_what_has_no_effect_is_said(
+    family: SdxlFamily, common: dict[str, Any], idle: dict[str, Any], message: str
+) -> None:
+    common = {"prompt": PROMPT, "seed": 4, "num_inference_steps": 3, **common}
+    (sentence,) = family.warnings(family.resolve(GenerateRequest(**common, **idle)))
+    assert message in sentence
+    assert np.array_equal(ours(family, **common, **idle), ours(family, **common))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"negative_original_size": (64, 64), "negative_target_size": (8, 8), "negative_crops_coords_top_left": (9, 9)},
+        {"image": picture(), "strength": 0.9, "negative_target_size": (8, 8)},
+        {"scheduler": "DDIM", "eta": 0.9},
+        {"scheduler": "Euler Karras", "timestep_spacing": "trailing"},
+        {"guidance_rescale": 0.7},
+        {"sigmas": (14.0, 3.0, 0.0)},
+        {"denoising_end": 0.8},
+    ],
+)
+def test_what_has_an_effect_is_not_warned_of(family: SdxlFamily, parameters: dict[str, Any]) -> None:
+    assert family.warnings(resolved(family, prompt=PROMPT, **parameters)) == ()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"sigmas": (14.0, 3.0, 0.5)}, "sigmas end with 0.5 and not 0, so that the picture keeps this noise"),
+        ({"denoising_end": 0.01, "num_inference_steps": 4}, "denoising_end leaves no step to do"),
+    ],
+)
+def test_noise_that_stays_in_the_picture_is_said(family: SdxlFamily, parameters: dict[str, Any], message: str) -> None:
+    (sentence,) = family.warnings(family.resolve(GenerateRequest(prompt=PROMPT, **parameters)))
     assert message in sentence
 
 

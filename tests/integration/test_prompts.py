@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from app.engine.prompts import fragments
+from app.engine import prompts
+from app.engine.prompts import Embedding, fragments
 from app.engine.sdxl import SdxlFamily
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest
@@ -83,11 +86,81 @@ def test_weights_are_read_where_a_number_stands(prompt: str, texts: list[str], w
     assert fragments(prompt) == (texts, weights)
 
 
-def test_a_weight_without_measure_is_refused(family: SdxlFamily) -> None:
-    with pytest.raises(InvalidRequest, match="at most 10, not 99"):
-        family.encode(family.resolve(GenerateRequest(prompt="a (cat:99)")))
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"prompt": "a (cat:99)"}, "at most 10, not 99"),
+        ({"prompt": FILLER, "clip_skip": 1}, "clip_skip does not go with .*, and prompt has one or the other"),
+        ({"prompt": "a (red:1.2) cat", "clip_skip": 1}, "clip_skip does not go with"),
+        ({"prompt": "a", "prompt_2": FILLER, "clip_skip": 1}, "prompt_2 has one or the other"),
+        # Three times as many as they look like, as each is taken apart.
+        ({"prompt": "a" + "\U0001d160" * 9_999}, r"prompt has \d+ tokens, and at most 3000"),
+        ({"prompt": "a", "negative_prompt": "x " * 3_001}, "negative_prompt has 3001 tokens, and at most 3000"),
+        ({"prompt": "a", "prompt_2": "x " * 3_001}, "prompt_2 has 3001 tokens"),
+        ({"prompt": "a", "negative_prompt_2": "x " * 3_001}, "negative_prompt_2 has 3001 tokens"),
+        ({"prompt": "(a:0.5) b " * 17}, "prompt has 17 parts with a weight below 1, and at most 16"),
+    ],
+)
+def test_what_the_encoders_should_not_read_is_refused_before_they_do(
+    family: SdxlFamily, parameters: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        family.resolve(GenerateRequest(**parameters))
 
 
-def test_clip_skip_does_not_go_with_chunks(family: SdxlFamily) -> None:
-    with pytest.raises(InvalidRequest, match="clip_skip does not go with"):
-        family.encode(family.resolve(GenerateRequest(prompt=FILLER, clip_skip=1)))
+def test_a_long_negative_prompt_goes_with_clip_skip(family: SdxlFamily) -> None:
+    """Layers are skipped for the prompt alone, as in the stock pipeline."""
+    picture = ours(family, prompt="a red circle", negative_prompt=FILLER, clip_skip=1, seed=1, num_inference_steps=1)
+    assert picture.shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("prompt", ["x " * 3_000, "x" * 2_999, "(a:0.5) b " * 16, "a red circle, " * 700])
+def test_the_longest_prompts_are_read_in_moments(family: SdxlFamily, prompt: str) -> None:
+    """Not in time that grows with the square of their length: the device waits for them, and with it everybody."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    hooks = [encoder.register_forward_hook(count) for encoder in encoders(family)]
+    try:
+        picture = ours(family, prompt=prompt, negative_prompt=prompt, seed=1, num_inference_steps=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert picture.shape == (128, 128, 3)
+    assert calls <= 2 * (40 + 1) * (1 + prompt.count(":0.5")) + 4
+
+
+def encoders(family: SdxlFamily) -> list[Any]:
+    return [family._pipeline.text_encoder, family._pipeline.text_encoder_2]
+
+
+def test_a_split_reads_no_more_than_what_one_chunk_holds(family: SdxlFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    tokenizer = family._pipeline.tokenizer
+    words = type(tokenizer).convert_ids_to_tokens
+
+    def watch(self: Any, ids: Any, *rest: Any) -> Any:
+        lengths.append(len(ids) if isinstance(ids, list) else 1)
+        return words(self, ids, *rest)
+
+    monkeypatch.setattr(type(tokenizer), "convert_ids_to_tokens", watch)
+    family.encode(family.resolve(GenerateRequest(prompt="y " * 2_999)))
+    assert lengths and max(lengths) <= 76
+
+
+def test_embeddings_are_kept_within_bytes(family: SdxlFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts() -> list[Embedding]:
+        return [*family._base.prompts._cache.values()]
+
+    monkeypatch.setattr(prompts, "CACHE_BYTES", 2_000_000)
+    before = ours(family, prompt="a red circle", seed=5, num_inference_steps=1)
+    for number in range(8):
+        family.encode(family.resolve(GenerateRequest(prompt=f"{number} " + FILLER * 9)))
+        assert 0 < sum(each.nbytes for each in texts()) <= 2_000_000
+    # One that is larger than the bound is painted all the same.
+    assert ours(family, prompt=FILLER * 24, seed=1, num_inference_steps=1).shape == (128, 128, 3)
+    assert sum(each.nbytes for each in texts()) <= 2_000_000
+    assert np.array_equal(ours(family, prompt="a red circle", seed=5, num_inference_steps=1), before)

@@ -60,7 +60,7 @@ def test_costs_of_sizes_nobody_asks_for_any_more_are_forgotten() -> None:
     simulation, _ = measured()
     for side in range(8, 8 * (MAX_SIZES + 20), 8):
         request = GenerateRequest(prompt="", height=8, width=side, num_inference_steps=1, seed=0)
-        costs.stepped([Image(Ticket([request], 0, 1, simulation.queue), request, 0)], 1.0)
+        costs.stepped([Image(Ticket([request], [1], 0, 1, simulation.queue), request, 0, 1)], 1.0)
     assert len(costs._steps) == MAX_SIZES
 
 
@@ -325,7 +325,7 @@ def test_answers_are_kept_within_bounds() -> None:
     answers = Answers(1e9, most_bytes=100_000)
     for number in range(2000):
         ticket = Ticket(
-            [GenerateRequest(prompt="", seed=0, num_inference_steps=1, height=8, width=8)], 0, 1, simulation.queue
+            [GenerateRequest(prompt="", seed=0, num_inference_steps=1, height=8, width=8)], [1], 0, 1, simulation.queue
         )
         ticket.images[0].encoded = bytes(1000)
         answers.add(Once(str(number), b""), ticket)
@@ -335,7 +335,7 @@ def test_answers_are_kept_within_bounds() -> None:
     assert answers.find(Once("0", b""), 0.0) is None
     empty = Answers(1e9)
     for number in range(MAX_KEYS + 10):
-        ticket = Ticket([GenerateRequest(prompt="", seed=0)], 0, 1, simulation.queue)
+        ticket = Ticket([GenerateRequest(prompt="", seed=0)], [1], 0, 1, simulation.queue)
         empty.add(Once(str(number), b""), ticket)
         empty.ended(ticket, True, 0.0)
     assert len(empty) == MAX_KEYS and not empty._keys

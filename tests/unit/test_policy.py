@@ -282,6 +282,6 @@ def test_choosing_among_none_is_none() -> None:
 def test_requests_of_one_ticket_with_most_work_left_come_last() -> None:
     request = GenerateRequest(prompt="", height=8, width=8, num_inference_steps=9, seed=0, num_images_per_prompt=3)
     simulation, _ = timed()
-    images = Ticket([request], 0.0, 1.0, simulation.queue).images
+    images = Ticket([request], [9], 0.0, 1.0, simulation.queue).images
     images[2].steps_done = 5
     assert policy.choose(images, lambda _: 0, lambda _: 1, 2, 1e9) == [images[2], images[0]]
