@@ -75,7 +75,8 @@ class _Endpoint:
         # Events are text, so a stream's pictures are too.
         body, json_length = write_request(prompt, parameters, self._binary and on_step is None, request_id)
         verb = "infer" if on_step is None else "infer_stream"
-        call = Call("POST", f"{self._model_path}/{verb}", self._timeout, body, json_length, on_step=on_step)
+        path = f"{self._model_path}/{verb}"
+        call = Call("POST", path, self._timeout, body, json_length, on_step=on_step, request_id=request_id)
         return converse_infer(call, self._retries)
 
     def unreachable(self, error: httpx.HTTPError, call: Call) -> UnreachableError:
@@ -190,12 +191,13 @@ class Client:
 
         Args:
             prompt: what they show; several prompts are painted together.
-            request_id: comes back as the result's `id`.
+            request_id: comes back as the result's `id`; by it the request stands in the server's log, and can be asked
+                about and cancelled there.
             on_step: called after each denoising step with the steps done and the steps that there are.
             **parameters: see `Parameters`.
 
         Raises:
-            ClientError: an image cannot be read.
+            ClientError: an image cannot be read, or a parameter cannot be sent.
             ServerError: the server refused or failed, and says why.
             UnreachableError: no answer.
         """

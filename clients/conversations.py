@@ -5,6 +5,7 @@ Whoever runs one waits and talks to the server, in whatever way; see `client.py`
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ TRY_AGAIN = frozenset({429, 503})
 """Statuses after which the same request may succeed later."""
 UNAVAILABLE = frozenset({502, 503, 504})
 """Statuses by which a server, or a gateway in front of it, says that it is not ready."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+"""What the server takes as a request's id."""
 
 T = TypeVar("T")
 
@@ -38,6 +41,8 @@ class Call:
     content: bytes = b""
     json_length: int | None = None
     """Of `content`, where tensors' bytes follow its JSON."""
+    request_id: str | None = None
+    """By which the server knows it, where it fits into a header."""
     delay: float = 0.0
     """Seconds to wait before it."""
     on_step: OnStep | None = None
@@ -49,6 +54,8 @@ class Call:
         headers = {"Content-Type": "application/json"} if self.content else {}
         if self.json_length is not None:
             headers = {"Content-Type": "application/octet-stream", JSON_LENGTH: str(self.json_length)}
+        if self.request_id is not None and REQUEST_ID.fullmatch(self.request_id):
+            headers["X-Request-Id"] = self.request_id
         return {
             "method": self.method,
             "url": self.path,

@@ -27,12 +27,17 @@ class StreamReader:
 
     on_step: OnStep
     _response: httpx.Response | None = None
-    _pending: bytes = b""
+    _pending: list[bytes] = field(default_factory=list)
     _fields: dict[str, str] = field(default_factory=dict)
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes, wherever they are cut."""
-        *lines, self._pending = (self._pending + data).split(b"\n")
+        *lines, rest = data.split(b"\n")
+        if lines:
+            # Put together once, however many pieces a line came in: that of a picture has megabytes.
+            lines[0] = b"".join([*self._pending, lines[0]])
+            self._pending = []
+        self._pending.append(rest)
         for line in lines:
             self._line(line.removesuffix(b"\r").decode("utf-8", "replace"))
 

@@ -6,8 +6,10 @@ Source: KServe ``open-inference-protocol`` (REST) and Triton ``extension_binary_
 from __future__ import annotations
 
 import base64
+import decimal
 import io
 import json
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,9 +90,10 @@ def write_request(
         request_id: comes back with the answer.
 
     Raises:
-        ClientError: an image cannot be read.
+        ClientError: an image cannot be read, or a value is none that can be sent.
     """
-    inputs = [_tensor("prompt", [prompt] if isinstance(prompt, str) else list(prompt))]
+    texts = _plain("prompt", prompt)
+    inputs = [_tensor("prompt", texts if isinstance(texts, list) else [texts])]
     scalars: dict[str, object] = {"binary_data_output": binary}
     tail = b""
     for name, value in parameters.items():
@@ -101,12 +104,12 @@ def write_request(
             inputs.append(tensor)
             tail += raw
         elif isinstance(value, Mapping):
-            scalars[name] = ",".join(f"{adapter}:{scale}" for adapter, scale in value.items())
-        elif isinstance(value, tuple | list):
+            scalars[name] = ",".join(f"{adapter}:{_plain(name, scale)}" for adapter, scale in value.items())
+        elif isinstance(plain := _plain(name, value), list):
             # Parameters of the protocol are scalars; several values need a tensor.
-            inputs.append(_tensor(name, value))
+            inputs.append(_tensor(name, plain))
         else:
-            scalars[name] = value
+            scalars[name] = plain
     message: dict[str, Any] = {"inputs": inputs, "parameters": scalars}
     if request_id is not None:
         message["id"] = request_id
@@ -114,9 +117,32 @@ def write_request(
     return head + tail, len(head) if tail else None
 
 
+def _plain(name: str, value: Any) -> Any:
+    """`value` as JSON knows it: tuples, ranges and arrays as lists, numpy's and other numbers as Python's.
+
+    Raises:
+        ClientError: it is nothing of the kind, or an empty list.
+    """
+    if isinstance(value, str | bool | int | float):
+        return value
+    if hasattr(value, "__array_interface__"):
+        return _plain(name, value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        if not value:
+            raise ClientError(f"{name} is an empty list.")
+        return [_plain(name, each) for each in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real | decimal.Decimal):
+        return float(value)
+    raise ClientError(f"{name} must be a text, a number, True or False, or a list of them, not {type(value).__name__}.")
+
+
 def _tensor(name: str, values: Sequence[Any]) -> dict[str, Any]:
     """Texts, truths or numbers, or equally long lists of them."""
-    rows = [list(value) for value in values if isinstance(value, tuple | list)]
+    rows = [value for value in values if isinstance(value, list)]
+    if rows and (len(rows) < len(values) or len({len(row) for row in rows}) > 1):
+        raise ClientError(f"{name} must have lists of one length, or none.")
     shape = [len(values), len(rows[0])] if rows else [len(values)]
     flat = [element for row in rows for element in row] if rows else list(values)
     kinds = {type(element) for element in flat}
@@ -147,9 +173,11 @@ def read_image(name: str, value: object) -> bytes:
             f"{name} must be a path, the bytes of a file, a picture of Pillow's or an array of numpy's, not "
             f"{type(value).__name__}."
         )
+    # Pillow leaves out which way is up unless it is told.
+    exif: Any = getattr(value, "getexif", dict)()
     buffer = io.BytesIO()
     try:
-        save(buffer, "PNG", compress_level=1)
+        save(buffer, "PNG", compress_level=1, **({"exif": exif} if exif else {}))
     except (OSError, ValueError) as error:
         raise ClientError(f"{name} cannot be written as PNG: {error}.") from None
     return buffer.getvalue()

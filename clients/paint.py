@@ -24,6 +24,7 @@ PROGRAM = "sdxl-paint"
 KEY_VARIABLE = "SDXL_API_KEY"
 LONGEST_NAME = 48
 """Characters of the prompt in a file's name; at four bytes each, seed and ending still fit into 255 bytes."""
+MAX_SEED = 2**63 - 1
 LONGEST_WAIT = 86_400
 
 
@@ -66,7 +67,10 @@ async def paint(options: argparse.Namespace) -> None:
         places = asyncio.Semaphore(options.parallel)
 
         async def paint_one(number: int) -> None:
-            seeded: Parameters = {**parameters, "seed": None if options.seed is None else options.seed + number}
+            seeded: Parameters = {
+                **parameters,
+                "seed": None if options.seed is None else following(options.seed, number),
+            }
             steps = 0
 
             def on_step(done: int, total: int) -> None:
@@ -90,6 +94,11 @@ async def paint(options: argparse.Namespace) -> None:
                         group.create_task(paint_one(number))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
+
+
+def following(seed: int, number: int) -> int:
+    """The seed that a server gives to the picture `number` places after that of `seed`: 0 comes after the largest."""
+    return seed + number if seed > MAX_SEED else (seed + number) % (MAX_SEED + 1)
 
 
 def save(picture: Picture, prompt: str, folder: Path) -> Path:

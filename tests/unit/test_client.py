@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import decimal
+import fractions
+import io
 import json
 import socket
 import struct
@@ -18,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from app.generation import PARAMETERS, ImageFormat, Pixels
 from app.images import decode_images
@@ -108,6 +111,80 @@ def read(*arguments: Any, **keywords: Any) -> InferCall:
     """What the server makes of a request."""
     body, json_length = write_request(*arguments, **keywords)
     return parse_infer(body, None if json_length is None else str(json_length))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("height", np.int64(64), 64),
+        ("guidance_scale", np.float32(2.5), 2.5),
+        ("guidance_scale", decimal.Decimal("2.5"), 2.5),
+        ("guidance_scale", fractions.Fraction(5, 2), 2.5),
+        ("use_karras_sigmas", np.bool_(True), True),
+        ("timesteps", range(900, 0, -300), (900, 600, 300)),
+        ("sigmas", np.array([3.0, 1.0, 0.0]), (3.0, 1.0, 0.0)),
+        ("original_size", np.array([64, 128]), (64, 128)),
+        ("loras", {"style": np.float64(0.5)}, (("style", 0.5),)),
+    ],
+)
+def test_numbers_may_be_of_any_kind(name: str, value: object, expected: object) -> None:
+    (request,) = read("p", {name: value}).requests
+    assert getattr(request, name) == expected
+
+
+def test_prompts_and_seeds_may_come_as_arrays() -> None:
+    requests = read(np.array(["a", "b"]), {"seed": np.array([5, 9])}).requests
+    assert [(request.prompt, request.seed) for request in requests] == [("a", 5), ("b", 9)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parameters", "message"),
+    [
+        ([], {}, "prompt is an empty list"),
+        (None, {}, "prompt must be a text, a number, True or False, or a list of them, not NoneType"),
+        (b"a", {}, "prompt must be .*, not bytes"),
+        ("p", {"sigmas": []}, "sigmas is an empty list"),
+        ("p", {"seed": [1, None]}, "seed must be .*, not NoneType"),
+        ("p", {"seed": {1, 2}}, "seed must be .*, not set"),
+        ("p", {"original_size": [[1, 2], [3]]}, "original_size must have lists of one length"),
+        ("p", {"original_size": [[1, 2], 3]}, "original_size must have lists of one length"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_in_a_sentence(prompt: Any, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ClientError, match=message):
+        write_request(prompt, parameters)
+
+
+def test_the_request_can_be_asked_about_by_its_id(ask: Ask) -> None:
+    seen: list[httpx.Headers] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers)
+        return json_answer()
+
+    ask(handler, "generate", "a", request_id="my-circle.1")
+    assert seen[-1]["X-Request-Id"] == "my-circle.1"
+    # Anything may be an id within the message; not all of it fits into a header.
+    for identifier in (None, "", "two words", "☂", "x" * 129):
+        ask(handler, "generate", "a", request_id=identifier)
+        assert "X-Request-Id" not in seen[-1]
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+def test_a_picture_of_pillows_is_sent_as_a_person_sees_it(orientation: int | None) -> None:
+    """Cameras write the picture as it fell on the sensor, and beside it which way is up."""
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    image.save(buffer, "PNG", exif=exif)
+    opened = Image.open(buffer)
+    (request,) = read("p", {"image": opened}).requests
+    (pixels,) = decode_images([("image", request.image)], 100)  # type: ignore[list-item]
+    seen = ImageOps.exif_transpose(opened)
+    assert (pixels.width, pixels.height) == seen.size and pixels.data == seen.tobytes()
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -613,3 +690,10 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         paint.main(arguments)
     assert stop.value.code == 2
     assert "sdxl-paint: error: " in capsys.readouterr().err
+
+
+def test_after_the_largest_seed_comes_0_as_on_the_server() -> None:
+    largest = 2**63 - 1
+    assert [paint.following(largest - 1, number) for number in range(3)] == [largest - 1, largest, 0]
+    # One that no server takes is refused there, and not bent into one that it takes.
+    assert paint.following(largest + 1, 0) == largest + 1

@@ -46,6 +46,18 @@ def streaming(content: bytes) -> Callable[[httpx.Request], httpx.Response]:
     return handler
 
 
+def test_a_line_of_megabytes_is_put_together_once() -> None:
+    """In time that grows with its length: with the square of it, 64 MB took most of a minute."""
+    reader = StreamReader(lambda done, total: None)
+    pieces = [b"event: done\ndata: {", *[b'"x":0,'] * 200_000, b'"y":1}\n', b"\n"]
+    largest = 0
+    for piece in pieces:
+        reader.feed(piece)
+        largest = max(largest, *map(len, reader._pending))
+    assert largest < 10, "no piece is copied before its line is whole"
+    assert reader.finish().json() == {"x": 0, "y": 1}
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
 def test_a_stream_is_read_wherever_it_is_cut(size: int, line_end: bytes) -> None:
