@@ -45,7 +45,20 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """What other servers call a parameter; not taken here, but suggested."""
 
-_SHORT = reprlib.Repr()
+
+class _Short(reprlib.Repr):
+    """Values as callers wrote them: their JSON has no ``None`` and no ``True``."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: N802 (reprlib goes by the type's name)
+        del value, level
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        del level
+        return "true" if value else "false"
+
+
+_SHORT = _Short()
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 8
 _SHORT.maxstring = _SHORT.maxother = 60
 LONGEST_NUMBER = 30
@@ -70,6 +83,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     meant = [synonym for synonym in SYNONYMS.get(key, ()) if synonym in known]
     meant = meant or difflib.get_close_matches(name[:60], known, n=1)
     return f" (did you mean {' and '.join(map(repr, meant))}?)" if meant else ""
+
+
+def counted(number: int, what: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def in_seconds(seconds: float) -> str:

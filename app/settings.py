@@ -33,8 +33,8 @@ ALIASES = {
 HTTPS_PORT = 8443
 """Where KServe's model server listens once it has a certificate, unless told otherwise."""
 WARM_SIZE = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
-ADAPTER = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})=(.+)")
-"""``NAME=PATH``, the path perhaps with ``:SCALE`` behind it."""
+ADAPTER = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_-]{0,99})=(.+)")
+"""``NAME=PATH``, the path perhaps with ``:SCALE`` behind it. The name becomes one of torch's, which have no dots."""
 
 
 class Settings(BaseModel):
@@ -291,7 +291,10 @@ class Settings(BaseModel):
     def _adapters_have_names(cls, references: tuple[str, ...]) -> tuple[str, ...]:
         for reference in references:
             if not ADAPTER.fullmatch(reference):
-                raise ValueError("it must be NAME=PATH or NAME=PATH:SCALE, or several with commas between")
+                raise ValueError(
+                    "it must be NAME=PATH or NAME=PATH:SCALE, or several with commas between; a name has letters, "
+                    "digits, - and _"
+                )
         return references
 
     @property
@@ -350,7 +353,10 @@ def load_settings(
 
     for origin, pairs in ((f" in {env_file}", _read_env_file(env_file)), (" in the environment", environment)):
         for name in Settings.model_fields:
-            value = pairs.get(name.upper(), pairs.get(ALIASES.get(name, "")))
+            value = pairs.get(name.upper())
+            if not value:
+                # A template that leaves ours empty does not mean to hide the usual one.
+                value = pairs.get(ALIASES.get(name, ""), value)
             # Kubernetes announces a Service called "http" as HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
             if value is not None and not value.startswith("tcp://"):
                 take(name, value, f"{name.upper()}{origin}")

@@ -58,7 +58,10 @@ _ERRORS = {
         "This Idempotency-Key came with another request before; take a new key for a new request.",
     ),
     429: ("The queue is full.", "The queue is full (128 of 128 images); try again in 12 seconds."),
-    499: ("The caller left; only the log shows this.", "The client closed the connection."),
+    499: (
+        "The request was cancelled by its id, or the caller left, which only the log shows.",
+        "The request was cancelled.",
+    ),
     500: ("The server failed.", "The generation failed inside the model (RuntimeError); the server's log says more."),
     503: (
         "The model is not ready, or the server is shutting down.",
@@ -118,6 +121,12 @@ _IDEMPOTENCY_KEY = {
     "in": "header",
     "description": "Makes a request that is sent twice one request: the second joins the first, or gets its answer.",
     "schema": {"type": "string", "pattern": f"^{edge.KEY.pattern}$", "minLength": 1, "maxLength": 255},
+}
+_OWN_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "By it the request can be asked about, cancelled, and found in the log; a new one unless given.",
+    "schema": {"type": "string", "pattern": f"^{edge.REQUEST_ID.pattern}$"},
 }
 _LINKS = {
     name: {"operationId": operation, "parameters": {"request_id": "$response.header.X-Request-Id"}}
@@ -349,7 +358,7 @@ def _tell_offer(operation: dict[str, Any], offer: Offer) -> None:
         description, examples = words
         operation["description"] = description(offer)
         content["examples"] = examples(offer)
-        operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
+        operation.setdefault("parameters", []).extend([_OWN_ID, _IDEMPOTENCY_KEY])
         operation["responses"]["200"]["links"] = _LINKS
 
 

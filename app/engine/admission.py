@@ -10,7 +10,7 @@ from typing import NoReturn
 from app.engine.costs import Costs
 from app.engine.ticket import Image, Stage, Ticket
 from app.errors import DeadlineExceeded, Overloaded
-from app.sentences import in_seconds
+from app.sentences import counted, in_seconds
 
 LONGEST_WAIT = 600
 """Seconds that nobody is told to wait longer than."""
@@ -153,4 +153,4 @@ def check_seconds(
 
 def _refuse(why: str, wait: float) -> NoReturn:
     seconds = math.ceil(min(max(1.0, wait), LONGEST_WAIT))
-    raise Overloaded(f"{why}; try again in {seconds} second{'' if seconds == 1 else 's'}.", seconds)
+    raise Overloaded(f"{why}; try again in {counted(seconds, 'second')}.", seconds)

@@ -106,6 +106,8 @@ def _describe(start: bytes, length: int, size: int) -> str:
     """What a file is that is no safetensors file, and what to do."""
     if not size:
         return f"is empty; {AGAIN}"
+    if size < 8:
+        return f"is cut off: it has {size} bytes, less than the length of a header; {AGAIN}"
     if start[8:9] == b"{" and length > size - 8:
         return f"is cut off: its header alone has {length} bytes, and the file {size}; {AGAIN}"
     text = start.lstrip().lower()

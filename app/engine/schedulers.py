@@ -20,7 +20,7 @@ from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest
 from app.parameters import SIGMA_SPACINGS, TIMESTEP_SPACINGS
-from app.sentences import describe, nearest
+from app.sentences import counted, describe, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Schedulers:
                 scheduler.set_timesteps(request.num_inference_steps, device=device)
         except (ValueError, IndexError, RuntimeError, AssertionError) as error:
             logger.info("the scheduler %s: %s", request.scheduler, error)
-            asked = f"the {next(iter(chosen))} given" if chosen else f"{request.num_inference_steps} steps"
+            asked = f"the {next(iter(chosen))} given" if chosen else counted(request.num_inference_steps or 1, "step")
             instead = "leave them out" if chosen else "take another number of steps"
             raise InvalidRequest(
                 f"The scheduler {request.scheduler} cannot do {asked}; {instead} or take another scheduler."

@@ -21,7 +21,7 @@ from app.engine.sdxl_job import Part
 from app.engine.sdxl_schedule import parts_of, plan
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageTask
-from app.sentences import describe
+from app.sentences import counted, describe
 
 DENOISING_LIMIT = 0.8
 """Where the refiner takes over unless a request says; its authors' value."""
@@ -175,8 +175,8 @@ class SdxlRequests:
             steps = request.num_inference_steps
             if int(steps * request.strength) < 1:
                 raise InvalidRequest(
-                    f"strength {request.strength:g} of {steps} steps leaves no step to do; take more steps, or a "
-                    f"strength of at least {1 / steps:.3g}."
+                    f"strength {request.strength:g} of {counted(steps, 'step')} leaves no step to do; take more steps, "
+                    f"or a strength of at least {1 / steps:.3g}."
                 )
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:

@@ -50,7 +50,9 @@ def parse_generate(body: bytes, json_length: str | None) -> InferCall:
     identifier = fields.pop("id", None)
     if identifier is not None and (not isinstance(identifier, str) or len(identifier) > MAX_ID_LENGTH):
         raise InvalidRequest(f"id must be text of at most {MAX_ID_LENGTH} characters, not {describe(identifier)}.")
-    parameters = fields.pop("parameters", None) or {}
+    parameters = fields.pop("parameters", None)
+    if parameters is None:
+        parameters = {}
     if not isinstance(parameters, dict):
         raise InvalidRequest(f"parameters must be an object, not {describe(parameters)}.")
     for name, value in parameters.items():
@@ -83,7 +85,9 @@ def check_stream(call: InferCall, requests: Sequence[GenerateRequest]) -> None:
     """
     del requests
     if any(output.binary for output in call.outputs):
-        raise InvalidRequest("A stream answers in JSON; leave out binary_data and binary_data_output.")
+        raise InvalidRequest(
+            "A stream answers in JSON; leave out binary_data and binary_data_output, and send a prompt in JSON too."
+        )
 
 
 def check_whole(call: InferCall) -> None:

@@ -237,6 +237,10 @@ def test_variables_of_others_do_not_matter() -> None:
             ["--lora is 'style.safetensors', but it must be NAME=PATH or NAME=PATH:SCALE"],
         ),
         (
+            ["--lora", "v1.5=style.safetensors"],
+            ["--lora is 'v1.5=style.safetensors', but it must be NAME=PATH", "a name has letters, digits, - and _"],
+        ),
+        (
             ["--warm_sizes", "1024x1024,64x4096"],
             ["--warm_sizes names 64x4096, which no request may ask for: one side may have at most 2048", "(max_side)."],
         ),

@@ -310,7 +310,7 @@ class TestBadInput:
             ({"denoising_limit": 0}, "denoising_limit must be more than 0"),
             ({"denoising_limit": "0.8"}, "denoising_limit must be a finite number"),
             ({"crops_coords_top_left": [256]}, "crops_coords_top_left must be two whole numbers, not [256]."),
-            ({"crops_coords_top_left": [256, None]}, "crops_coords_top_left must be a whole number, not None."),
+            ({"crops_coords_top_left": [256, None]}, "crops_coords_top_left must be a whole number, not null."),
             ({"crops_coords_top_left": "256,0"}, "crops_coords_top_left must be two whole numbers"),
             ({"scheduler": "Eulre"}, "Eulre"),
             ({"scheduler": 7}, "scheduler must be text, not 7."),

@@ -319,7 +319,7 @@ async def test_paths_offer_the_served_model_so_that_trying_it_works_at_once(docu
     for methods in document["paths"].values():
         for operation in methods.values():
             for parameter in operation.get("parameters", ()):
-                if parameter["name"] in ("request_id", "Idempotency-Key"):
+                if parameter["name"] in ("request_id", "X-Request-Id", "Idempotency-Key"):
                     continue  # a caller's own
                 name = {"model_name": "sdxl", "model_version": "1"}[parameter["name"]]
                 assert parameter["in"] == "path" and parameter["schema"]["enum"] == [name]

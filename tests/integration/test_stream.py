@@ -172,6 +172,8 @@ async def test_the_short_form_takes_pairs_images_and_options_and_gives_its_id_ba
         ({"prompt": "a", "text_input": "b"}, "not both"),
         ({"prompt": "a", "seed": 1, "parameters": {"seed": 2}}, "given twice"),
         ({"prompt": "a", "parameters": [1]}, "parameters must be an object"),
+        ({"prompt": "a", "parameters": []}, r"parameters must be an object, not []"),
+        ({"prompt": "a", "parameters": False}, "parameters must be an object, not false"),
         ({"prompt": "a", "id": 7}, "id must be text"),
         ({"prompt": "a", "num_steps": 7}, "num_steps"),
         ({"prompt": "a", "priority": 10}, "priority must be"),

@@ -246,7 +246,7 @@ def test_nulls_count_as_absent() -> None:
         pytest.param(b'{"inputs": [{"name": "prompt"}]}', r"inputs\[0\]\.shape is missing", id="no-shape"),
         pytest.param(
             b'{"inputs": [], "parameters": {"seed": null}}',
-            "^parameters.seed must be one number, one text, true or false, not None.$",
+            "^parameters.seed must be one number, one text, true or false, not null.$",
             id="null-parameter",
         ),
         pytest.param(
@@ -279,7 +279,7 @@ def test_a_body_that_is_no_request_is_refused_with_a_sentence(raw: bytes, messag
             [PROMPT], {"parameters": {"denoising_limit": 1, "high_noise_frac": 1}}, "under two names", id="two-names"
         ),
         pytest.param([{**PROMPT, "data": [7]}], {}, "must be text, not 7.$", id="number-as-text"),
-        pytest.param([{**PROMPT, "data": [None]}], {}, "must be text, not None.$", id="null-as-text"),
+        pytest.param([{**PROMPT, "data": [None]}], {}, "must be text, not null.$", id="null-as-text"),
         pytest.param([{**PROMPT, "name": "promt"}], {}, "did you mean 'prompt'", id="unknown-input"),
         pytest.param([PROMPT], {"parameters": {"steps": 3}}, "no parameter 'steps'", id="unknown-parameter"),
         pytest.param([{**PROMPT, "parameters": {"x": 1}}], {}, "not a parameter of an input", id="input-parameter"),

@@ -107,6 +107,7 @@ def test_every_device_is_known_by_its_name(device: str) -> None:
         ({"HF_TOKEN": "hf_usual"}, "hf_usual"),
         ({"HF_TOKEN": "hf_usual", "HUGGINGFACE_TOKEN": "hf_own"}, "hf_own"),
         ({"HF_TOKEN": " hf_spaced\n"}, "hf_spaced"),
+        ({"HF_TOKEN": "hf_usual", "HUGGINGFACE_TOKEN": ""}, "hf_usual"),
     ],
 )
 def test_the_hubs_usual_variable_is_read_where_our_own_is_not_there(env: dict[str, str], token: str) -> None:
