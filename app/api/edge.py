@@ -164,6 +164,10 @@ class Edge:
         request_id.set(identifier)
 
         path = scope["path"]
+        if path.startswith(("http://", "https://")):
+            # As to a proxy, which every server has to take: RFC 9112, 3.2.2.
+            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
+            scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}
         if len(path) > 1 and path.endswith("/"):
             path = path.rstrip("/") or "/"
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}

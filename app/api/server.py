@@ -143,7 +143,11 @@ class Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            # Some clients end a body with a line of their own: RFC 9112, 2.2.
+            data = data.lstrip(b"\r\n")
+        if data:  # nothing would mean the end
+            super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:

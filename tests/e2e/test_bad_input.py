@@ -1161,6 +1161,22 @@ class TestClientsThatLeave:
         assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head and b"onnection: close" in head
         assert json.loads(body) == {"error": "This is no HTTP request that can be understood."}
 
+    def test_or_speak_http_in_an_unusual_way_are_understood(self, server: Server) -> None:
+        ask = b"GET /v2 HTTP/1.1\r\nHost: x\r\nConnection: %b\r\n\r\n"
+        whole = ask.replace(b"/v2", b"http://x:8080/v2/?a=/b") % b"close"
+        bare = ask.replace(b"/v2", b"http://x") % b"close"
+        for parts in ([b"\r\n", ask % b"close"], [b"\r\n" + whole], [bare], [whole]):
+            with connect(server) as connection:
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(0.05)
+                answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 200 "), (parts, answer)
+        with connect(server) as connection:
+            for _ in range(2):
+                connection.sendall(ask % b"keep-alive" + b"\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
     def test_after_their_answer_is_out_end_without_a_trace(self, server: Server) -> None:
         with connect(server) as connection:
             connection.sendall(b"POST /v2/models/no/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
