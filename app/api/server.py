@@ -144,7 +144,7 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            # Some clients end a body with a line of their own: RFC 9112, 2.2.
+            # Empty lines may come before a request: RFC 9112, 2.2.
             data = data.lstrip(b"\r\n")
         if data:  # nothing would mean the end
             super().data_received(data)
