@@ -41,7 +41,7 @@ CONDITIONS: Mapping[str, str] = MappingProxyType(
         "use_beta_sigmas": "the same",
         "timestep_spacing": f"{', '.join(TIMESTEP_SPACINGS)}; for schedulers that have it, such as `Euler`",
         "timesteps": "whole numbers that fall, for schedulers such as `Euler`, without `num_inference_steps`",
-        "sigmas": "numbers that fall, for SDXL to a last 0; for schedulers such as `Euler`, without `num_inference_steps`",
+        "sigmas": "numbers that fall, for SDXL to 0; for schedulers such as `Euler`, without `num_inference_steps`",
         "max_sequence_length": "at least as many as the prompt has tokens",
     }
 )
