@@ -18,6 +18,7 @@ def ours(family: Family[Any], **parameters: Any) -> np.ndarray:
     """One request alone, through all four stages: uint8 ``[h, w, 3]``."""
     request = resolved(family, **parameters)
     job = family.begin(request, family.encode(request))
+    assert job.num_steps == family.steps(request), "what it takes is known before it begins"
     while not job.done:
         family.step([job])
     picture: np.ndarray = family.decode([job])[0]

@@ -67,6 +67,22 @@ def test_what_is_resolved_resolves_to_itself(dev: FluxFamily, schnell: FluxFamil
 
 
 @pytest.mark.parametrize(
+    ("parameters", "steps"),
+    [
+        ({}, 6),
+        ({"scheduler": "Heun"}, 11),
+        ({"image": picture(64, 48), "strength": 0.5}, 3),
+        ({"image": picture(64, 48), "strength": 0.5, "scheduler": "Heun"}, 5),
+    ],
+)
+def test_how_many_steps_there_will_be_is_known_before_they_begin(
+    dev: FluxFamily, parameters: dict[str, Any], steps: int
+) -> None:
+    request = dev.resolve(GenerateRequest(prompt="p", seed=1, num_inference_steps=6, **parameters))
+    assert dev.steps(request) == steps == dev.begin(request, dev.encode(request)).num_steps
+
+
+@pytest.mark.parametrize(
     ("name", "resolved"),
     [
         ("Euler", "Euler"),
