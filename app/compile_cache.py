@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Where the compilers keep what they made, by the variables that tell them."""
+FULL = 16 * 1024**2
+"""Bytes of free space below which it is the likely reason why nothing compiles."""
 MARK = "compiling-"
 SUSPECT = "cut-short"
 """Is there after a start that was cut short and had written nothing, until one gets through."""
@@ -92,7 +94,13 @@ def compiling(folder: Path | None) -> Iterator[None]:
     except (ModelLoadFailed, GenerationFailed) as error:
         if any(_in_use(each) for each in folder.glob(f"{MARK}*") if mark is None or each != mark[1]):
             raise ModelLoadFailed(str(error)) from error  # somebody else compiles with what it holds
+        free = shutil.disk_usage(folder).free
         _empty(folder)
+        if free < FULL:
+            raise ModelLoadFailed(
+                f"{folder} is full ({free // 1024**2} MiB were left), so that nothing could be compiled; give it more "
+                "room, or name another --cache_dir."
+            ) from error
         raise ModelLoadFailed(f"{error} What {folder} held is deleted, so the next start compiles anew.") from error
     finally:
         if mark is not None:

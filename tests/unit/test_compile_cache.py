@@ -155,3 +155,15 @@ def test_a_full_disk_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("tempfile.mkstemp", full)
     with compiling(tmp_path):
         library(tmp_path, "whole")
+
+
+def test_a_full_disk_is_named_where_nothing_can_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own words, such as "C++ compile error", lead nobody there."""
+    monkeypatch.setattr(compile_cache, "FULL", 2**62)
+    library(tmp_path, "half")
+    with (
+        pytest.raises(ModelLoadFailed, match=rf"^{tmp_path} is full \(\d+ MiB were left\).* more room"),
+        compiling(tmp_path),
+    ):
+        raise ModelLoadFailed("The model cannot be compiled here (C++ compile error).")
+    assert not [*tmp_path.rglob("*.so")]
