@@ -12,7 +12,7 @@ import os
 import ssl
 import sys
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 DEFAULT_PORTS = {"http": "8080", "https": "8443"}
@@ -62,14 +62,20 @@ def _host(listens_on: str | None) -> str:
 
 
 def _setting(name: str, environment: Mapping[str, str], env_file: Path, alias: str = "") -> str | None:
-    value = environment.get(name, environment.get(alias))
-    if value is None and env_file.is_file():
+    """By the settings' rules: an empty value leaves it to the alias, and a Service's address is not meant for us."""
+    for pairs in _sources(environment, env_file):
+        value = pairs.get(name) or pairs.get(alias, pairs.get(name))
+        if value is not None and not value.startswith("tcp://"):
+            return value.strip()
+    return None
+
+
+def _sources(environment: Mapping[str, str], env_file: Path) -> Iterator[Mapping[str, str | None]]:
+    yield environment
+    if env_file.is_file():
         from dotenv import dotenv_values
 
-        pairs = dotenv_values(env_file, interpolate=False)
-        value = pairs.get(name, pairs.get(alias))
-    # As the settings have it: a Service's address is not meant for us.
-    return None if value is None or value.startswith("tcp://") else value.strip()
+        yield dotenv_values(env_file, interpolate=False)
 
 
 def ask(url: str, asked: str) -> tuple[bool, str]:

@@ -142,7 +142,9 @@ def create_app(
     )
     for router in routers:
         app.include_router(router)
-    edge.install_error_handlers(app, [route for router in routers for route in router.routes])
+    edge.install_error_handlers(
+        app, [route for router in routers for route in router.routes], documented=settings.enable_docs_url
+    )
     if settings.enable_docs_url:
         documentation.install(app, settings, model)
 

@@ -210,7 +210,7 @@ class Settings(BaseModel):
     log_format: Literal["text", "json"] = Field("text", description="One line of text or one JSON object per entry.")
     enable_latency_logging: bool = Field(True, description="Log one line with the seconds per stage for each request.")
     log_config_file: Path | None = Field(
-        None, description="Logging configuration (dictConfig as JSON or YAML) that replaces the two settings above."
+        None, description="Logging configuration (dictConfig as JSON or YAML) that replaces log_level and log_format."
     )
     configure_logging: bool = Field(True, description="Set up logging at all; false leaves it to the environment.")
     access_log_format: str | None = Field(

@@ -1,4 +1,4 @@
 """Clients of the server: `client` for Python, `paint` for the command line, ``curl.sh`` for everything else.
 
-Nothing here imports the server; `client` is one file that may be copied anywhere.
+Nothing here imports the server: the folder may be copied anywhere.
 """

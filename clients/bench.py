@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import contextlib
 import json
 import random
 import statistics
@@ -128,7 +129,8 @@ class Generator:
 
         async def caller(client: httpx.AsyncClient, load: Load, start: float) -> None:
             while (now := time.perf_counter()) < start + seconds:
-                await self._ask(client, next(requests), now, load)
+                pause = await self._ask(client, next(requests), now, load)
+                await asyncio.sleep(pause)  # as it is told; it would spin otherwise
 
         return await self._run(lambda *run: [caller(*run) for _ in range(clients)])
 
@@ -144,7 +146,7 @@ class Generator:
 
         async def caller(client: httpx.AsyncClient, load: Load, when: float, body: dict[str, Any]) -> None:
             await asyncio.sleep(max(0.0, when - time.perf_counter()))
-            await self._ask(client, body, when, load)
+            await self._ask(client, body, when, load)  # only once: nobody waits for a second try
 
         return await self._run(
             lambda client, load, start: [caller(client, load, start + moment, next(bodies)) for moment in due]
@@ -160,19 +162,22 @@ class Generator:
             probing.cancel()
         return load
 
-    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any], due: float, load: Load) -> None:
+    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any], due: float, load: Load) -> float:
+        """Seconds after which a refused caller may ask again."""
         try:
             answer = await client.post(self._path, json=body)
         except httpx.HTTPError as error:
             load.errors[type(error).__name__] += 1
-            return
+            return 0.0
         if answer.status_code == httpx.codes.OK:
             load.latencies.append(time.perf_counter() - due)
-            return
+            return 0.0
         load.errors[str(answer.status_code)] += 1
         if answer.status_code in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE):
-            # A polite caller waits as it is told; a closed loop would spin otherwise.
-            await asyncio.sleep(float(answer.headers.get("Retry-After", 1)))
+            with contextlib.suppress(ValueError):  # a date
+                return float(answer.headers.get("Retry-After", 1))
+            return 1.0
+        return 0.0
 
     async def _probe(self, client: httpx.AsyncClient, load: Load) -> None:
         while True:

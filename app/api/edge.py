@@ -66,7 +66,7 @@ HTTP_STATUS: Mapping[str, int] = {
 OPEN_PATHS = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 """Paths that need no key: an orchestrator's probes carry none."""
 
-NOT_LIVE = "The device thread is gone; restart the server."
+NOT_LIVE = "The device has failed or hangs; restart the server."
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 IDEMPOTENCY_KEY = "Idempotency-Key"
@@ -102,13 +102,16 @@ def error_response(fault: RuntimeFault) -> Response:
     return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
 
 
-def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute], *, documented: bool) -> None:
     """Give every error the protocol's body ``{"error": "…"}``, the framework's own too.
 
     Args:
         app: whose errors.
         routes: of which a path may have several, for its several methods.
+        documented: whether there is a page that says what there is.
     """
+
+    hint = "; see /docs for what there is" if documented else ""
 
     async def fault_handler(_: Request, error: Exception) -> Response:
         assert isinstance(error, RuntimeFault)
@@ -117,7 +120,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     async def http_handler(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         sentences = {
-            404: f"There is nothing at {shorten(request.url.path)}; see /docs for what there is.",
+            404: f"There is nothing at {shorten(request.url.path)}{hint}.",
             405: f"{request.method} is not allowed at {shorten(request.url.path)}.",
         }
         sentence = sentences.get(error.status_code, str(error.detail))

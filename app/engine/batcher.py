@@ -221,7 +221,8 @@ class Batcher:
             self.ready.set_result(self.workers[0].family)
 
     def _break(self, fault: RuntimeFault) -> None:
-        """Nothing will be done any more: say so to everybody who waits."""
+        """Nothing will be done any more: say so to everybody who waits, and to whoever watches."""
+        self._telemetry.ready.set(0)
         with self.queue.condition:
             self.queue.broken = self.queue.broken or "The device has failed; the server must be restarted."
             self.queue.condition.notify_all()

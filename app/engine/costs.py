@@ -1,12 +1,13 @@
 """What a step, a decode and a prompt cost in seconds, as measured on this host.
 
-Knows no clock and no thread. The model behind it is one line for each picture size: a forward pass takes a fixed time
-and a time for each row, both fitted to the passes of late.
+Knows no clock. Several devices' threads may measure while others ask. The model behind it is one line for each picture
+size: a forward pass takes a fixed time and a time for each row, both fitted to the passes of late.
 """
 
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -77,6 +78,7 @@ class Costs:
     _any_step: Line = field(default_factory=Line)
     _decode: Line = field(default_factory=Line)
     _encode: Line = field(default_factory=Line)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     # --- Measuring ---------------------------------------------------------------------------------------------
 
@@ -87,18 +89,20 @@ class Costs:
         for image in images:
             size = image.size
             load += self.rows(image) * size
-        line = self._steps.pop(size, None) or Line()
-        line.observe(load, seconds)
-        self._steps[size] = line
-        if len(self._steps) > MAX_SIZES:
-            self._steps.popitem(last=False)
-        self._any_step.observe(load, seconds)
+        with self._lock:
+            self._steps.setdefault(size, Line()).observe(load, seconds)
+            self._steps.move_to_end(size)
+            if len(self._steps) > MAX_SIZES:
+                self._steps.popitem(last=False)
+            self._any_step.observe(load, seconds)
 
     def decoded(self, images: Iterable[Image], seconds: float) -> None:
-        self._decode.observe(sum(image.size for image in images), seconds)
+        with self._lock:
+            self._decode.observe(sum(image.size for image in images), seconds)
 
     def encoded(self, images: Iterable[Image], seconds: float) -> None:
-        self._encode.observe(sum(1 for _ in images), seconds)
+        with self._lock:
+            self._encode.observe(sum(1 for _ in images), seconds)
 
     @property
     def measured(self) -> bool:
@@ -127,8 +131,9 @@ class Costs:
 
     def step(self, size: int, rows: int) -> float:
         """Seconds of one forward pass of pictures of so many pixels."""
-        if size in self._steps:
-            return self._steps[size](rows * size)
+        line = self._steps.get(size)
+        if line is not None:
+            return line(rows * size)
         return self._any_step(rows * size) if self.measured else GUESS * rows * size
 
     def decode(self, pixels: int) -> float:

@@ -137,8 +137,12 @@ def read_folder(folder: Path, *, full_precision: bool = False, without_weights: 
         components[name] = _with_weights(components[name], variant)
     if variant:
         logger.info("%s: taking the %s files, which every component has", folder, variant)
-    options = {name: bool(index[name]) for name in OPTIONS if index.get(name) is not None}
-    return ModelFolder(folder, kind, options, components)
+    return ModelFolder(folder, kind, read_options(index), components)
+
+
+def read_options(index: Mapping[str, Any]) -> dict[str, bool]:
+    """What an index says about the pipeline itself."""
+    return {name: bool(index[name]) for name in OPTIONS if index.get(name) is not None}
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -23,7 +23,7 @@ import transformers
 
 from app.engine import clip_vocabulary
 from app.engine.checkpoints import AGAIN
-from app.engine.folders import INDEX, Component, ModelFolder, read_json
+from app.engine.folders import INDEX, Component, ModelFolder, read_json, read_options
 from app.errors import ModelLoadFailed
 
 logger = logging.getLogger(__name__)
@@ -299,9 +299,7 @@ def _same_configuration(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
 
 
 def _without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in config.items() if name not in (*ORIGINS, "torch_dtype") and value is not None
-    }
+    return {name: value for name, value in config.items() if name not in ORIGINS and value is not None}
 
 
 # --- Tokenizers without a folder of their own ------------------------------------------------------------------
@@ -339,6 +337,4 @@ def make_clip_tokenizer(config: Path, name: str, flag: str, file: Path) -> Any:
 
 def pipeline_options(config: Path) -> dict[str, bool]:
     """Settings of the pipeline that its index holds."""
-    index = read_json(config / INDEX)
-    names = ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
-    return {name: bool(index[name]) for name in names if index.get(name) is not None}
+    return read_options(read_json(config / INDEX))

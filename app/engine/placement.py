@@ -224,8 +224,14 @@ class _Turn(ModelHook):  # type: ignore[misc]
         if self._turns.holder is not module:
             if self._turns.holder is not None:
                 self._turns.holder.to("cpu")
+                self._turns.holder = None
+            try:
+                module.to(self.execution_device)
+            except BaseException:
+                # Half of it is there where memory ended: whoever comes next wants the room, or all of the part.
+                module.to("cpu")
+                raise
             self._turns.holder = module
-            module.to(self.execution_device)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
 

@@ -313,10 +313,6 @@ class Queue:
 
     # --- Asking ------------------------------------------------------------------------------------------------
 
-    @property
-    def places_taken(self) -> int:
-        return sum(len(ticket.images) for ticket in self.tickets)
-
     def seconds(self) -> float:
         """Until all that is accepted is likely to be done."""
         with self.condition:

@@ -7,14 +7,14 @@ is not imported.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.engine.checkpoints import Checkpoint, check_suffix, read_checkpoint
-from app.engine.folders import NAMES, Kind, is_model_folder, read_index
+from app.engine.folders import INDEX, NAMES, Kind, is_model_folder, read_index, read_json
 from app.errors import ModelLoadFailed
 
 logger = logging.getLogger(__name__)
@@ -154,9 +154,9 @@ def _overrides(checkpoint: Checkpoint, kind: Kind) -> dict[str, object]:
     if kind is Kind.FLUX:
         guidance = any("guidance_in." in name or "guidance_embedder." in name for name in checkpoint.shapes)
         return {"guidance_embeds": guidance}
-    first = checkpoint.shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 4))
+    first = checkpoint.shapes.get(f"{UNET}input_blocks.0.0.weight", ())
     # Inpainting models take the mask and the masked picture as further channels.
-    return {"in_channels": first[1]}
+    return {"in_channels": first[1] if len(first) > 1 else 4}
 
 
 def _shipped(kind: Kind, overrides: Mapping[str, object]) -> str:
@@ -167,20 +167,18 @@ def _shipped(kind: Kind, overrides: Mapping[str, object]) -> str:
 
 def _fits(checkpoint: Checkpoint, kind: Kind, config: Path) -> bool:
     """Is that the configuration of such a checkpoint, judged by a few telling widths?"""
-    if "edm_mean" in checkpoint.shapes:
-        # Playground 2.5 has SDXL's shapes but another noise schedule and other latents.
-        index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
-        return str(index["scheduler"][1]).startswith("EDM")
     shapes = checkpoint.shapes
     try:
+        if "edm_mean" in shapes:
+            # Playground 2.5 has SDXL's shapes but another noise schedule and other latents.
+            return str(read_json(config / INDEX)["scheduler"][1]).startswith("EDM")
         if kind is Kind.FLUX:
             transformer = _config(config, "transformer")
-            width = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])  # type: ignore[call-overload]
+            width = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
             names = (f"{flux_prefix(checkpoint) or ''}img_in.weight", "x_embedder.weight")
             return any(shapes.get(name) == (width, transformer["in_channels"]) for name in names)
         unet, encoder = _config(config, "unet"), _config(config, "text_encoder_2")
         channels = unet["block_out_channels"]
-        assert isinstance(channels, list)
         prefix = BASE_ENCODER_2 if kind is Kind.SDXL else REFINER_ENCODER
         return (
             shapes[f"{UNET}input_blocks.0.0.weight"][0] == channels[0]
@@ -188,10 +186,9 @@ def _fits(checkpoint: Checkpoint, kind: Kind, config: Path) -> bool:
             == (4 * channels[0], unet["projection_class_embeddings_input_dim"])
             and shapes[f"{prefix}token_embedding.weight"] == (encoder["vocab_size"], encoder["hidden_size"])
         )
-    except (KeyError, OSError):
+    except (ModelLoadFailed, KeyError, IndexError, TypeError, ValueError, OSError):
         return False
 
 
-def _config(folder: Path, component: str) -> dict[str, object]:
-    config: dict[str, object] = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
-    return config
+def _config(folder: Path, component: str) -> dict[str, Any]:
+    return read_json(folder / component / "config.json")

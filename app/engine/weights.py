@@ -376,7 +376,7 @@ def _options(source: Source, pipeline: type[Any]) -> dict[str, bool]:
     """What the source's index says, as far as `pipeline` takes it: the index may be another pipeline's."""
     from app.engine.loading import pipeline_options
 
-    options = pipeline_options(source.path if isinstance(source, ModelFolder) else source.config)
+    options = source.options if isinstance(source, ModelFolder) else pipeline_options(source.config)
     taken = inspect.signature(pipeline.__init__).parameters
     return {name: value for name, value in options.items() if name in taken}
 

@@ -17,7 +17,7 @@ from app.errors import InvalidRequest
 from app.generation import GenerateRequest, Preview, Progress
 from app.parameters import ALIASES
 from app.protocol.infer_request import OPTIONS, parse_infer, parse_options
-from app.protocol.oip import DEFAULT_OUTPUTS, MAX_ID_LENGTH, InferCall, RequestedOutput
+from app.protocol.oip import DEFAULT_OUTPUTS, MAX_ID_LENGTH, InferCall, RequestedOutput, check_pixels
 from app.protocol.strict_json import parse_json
 from app.protocol.v1 import read_instance
 from app.sentences import describe
@@ -81,9 +81,9 @@ def check_stream(call: InferCall, requests: Sequence[GenerateRequest]) -> None:
     """Refuse an answer that cannot be an event.
 
     Raises:
-        InvalidRequest: binary data, which events cannot carry.
+        InvalidRequest: binary data, which events cannot carry, or what `check_pixels` refuses.
     """
-    del requests
+    check_pixels(call, requests)
     if any(output.binary for output in call.outputs):
         raise InvalidRequest(
             "A stream answers in JSON; leave out binary_data and binary_data_output, and send a prompt in JSON too."

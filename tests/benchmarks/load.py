@@ -139,8 +139,8 @@ def write(measured: dict[int, dict[str, dict[str, float]]], runs: Any, arguments
         images, p50 = (found["ratios"][name] for name in ("images_per_second", "p50"))
         notes.append(
             f"{clients} {'client' if clients == '1' else 'clients'}, {found['rounds']} rounds of "
-            f"{found['seconds']:g} s: {statistics.median(images):.2f} times the images of the executor "
-            f"({min(images):.2f} to {max(images):.2f}), p50 {statistics.median(p50):.2f} of its."
+            f"{found['seconds']:g} s: in the median round {statistics.median(images):.2f} times the images of the "
+            f"executor ({min(images):.2f} to {max(images):.2f}), p50 {statistics.median(p50):.2f} of its."
         )
     text = "\n\n".join((*notes, table({int(clients): found["servers"] for clients, found in known.items()})))
     (RESULTS / "load.md").write_text(text, encoding="utf-8")

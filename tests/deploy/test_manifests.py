@@ -294,7 +294,9 @@ def test_metrics_are_announced_where_they_are() -> None:
         assert spec["annotations"][f"{prefix}/path"] == "/metrics"
     monitor = of_kind(render("monitoring"), "PodMonitor")["spec"]
     assert monitor["podMetricsEndpoints"][0]["port"] == port["name"]
-    assert monitor["podMetricsEndpoints"][0]["path"] == "/metrics"
+    # Knative takes the container's port, but calls it so.
+    assert monitor["podMetricsEndpoints"][1]["port"] == "user-port"
+    assert {each["path"] for each in monitor["podMetricsEndpoints"]} == {"/metrics"}
 
 
 @pytest.mark.parametrize("overlay", RUNTIMES)

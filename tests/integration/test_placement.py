@@ -89,6 +89,28 @@ def test_parts_take_turns_in_any_order_and_one_at_a_time_has_the_device() -> Non
     ]
 
 
+def test_a_part_that_does_not_fit_leaves_the_device_to_the_next_one_and_comes_whole_the_second_time() -> None:
+    class Large(Part):
+        full = True
+
+        def to(self, device: Any) -> Large:  # type: ignore[override]
+            super().to(device)
+            if str(device) != "cpu" and self.full:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return self
+
+    moves: list[tuple[str, str]] = []
+    encoder, unet = Part("encoder", moves), Large("unet", moves)
+    placement.take_turns({"encoder": encoder, "unet": unet}, torch.device("meta"))
+    encoder(1)
+    moves.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        unet(1)
+    assert moves == [("encoder", "cpu"), ("unet", "meta"), ("unet", "cpu")]
+    unet.full = False
+    assert unet(1) == 2 and moves[3:] == [("unet", "meta")]
+
+
 def test_going_back_and_forth_is_costly_for_whole_parts_and_for_layers_alone() -> None:
     def interleaves(offload: str | None) -> bool:
         return Placement(CPU, torch.float32, offload, "none").interleaves

@@ -192,6 +192,25 @@ async def test_what_the_short_form_cannot_be_is_one_sentence(body: Any, sentence
         assert answer.status_code == 400 and sentence in answer.json()["error"]
 
 
+@pytest.mark.parametrize("path", ["infer_stream", "generate_stream"])
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [([64, 128], "needs pictures of one size"), ([2048, 2048], "ask for it as binary data above")],
+)
+async def test_pixels_that_no_answer_can_hold_are_refused_before_they_are_painted(
+    path: str, sizes: list[int], sentence: str
+) -> None:
+    inputs = [
+        {"name": "prompt", "shape": [2], "datatype": "BYTES", "data": ["a", "b"]},
+        *({"name": side, "shape": [2], "datatype": "INT64", "data": sizes} for side in ("height", "width")),
+    ]
+    async with running(family := Instant()) as server:
+        passes = len(family.passes)
+        answer = await server.client.post(f"{MODEL}/{path}", json={"inputs": inputs, "outputs": [{"name": "pixels"}]})
+        assert answer.status_code == 400 and sentence in answer.json()["error"]
+        assert len(family.passes) == passes
+
+
 async def test_a_priority_may_be_written_with_a_fraction_that_is_none() -> None:
     async with running(Instant()) as server:
         assert (await server.client.post(f"{MODEL}/generate", json={"prompt": "a", "priority": 3.0})).status_code == 200

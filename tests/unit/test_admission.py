@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from app.engine.ticket import Image, Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
 from app.generation import GenerateRequest, Preview, Progress
 from tests.fakes import Clock, Timed, WholeJobs
-from tests.simulation import Simulation
+from tests.simulation import Simulation, places_taken
 
 
 def measured(**options: Any) -> tuple[Simulation, Timed]:
@@ -64,6 +66,41 @@ def test_costs_of_sizes_nobody_asks_for_any_more_are_forgotten() -> None:
     assert len(costs._steps) == MAX_SIZES
 
 
+def test_several_devices_may_measure_at_once_while_others_ask() -> None:
+    """None of what they saw is lost, and nobody who asks stumbles over a size that is being forgotten."""
+    costs = Costs(8, 1e9)
+    simulation, _ = measured()
+    requests = [GenerateRequest(prompt="", height=8, width=8 * each, num_inference_steps=1, seed=0) for each in (1, 2)]
+    images = [Image(Ticket([each], [1], 0, 1, simulation.queue), each, 0, 1) for each in requests]
+    rounds, errors = 3000, []
+
+    def measure() -> None:
+        for _ in range(rounds):
+            for image in images:
+                costs.stepped([image], 1.0)
+
+    def ask() -> None:
+        try:
+            for _ in range(rounds):
+                for image in images:
+                    costs.step(image.size, 1)
+        except Exception as error:  # whatever it is, it is one too many
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=target) for target in (measure, measure, ask, ask)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+    assert [costs._steps[image.size].samples for image in images] == [2 * rounds, 2 * rounds]
+
+
 def test_what_images_take_together_is_known_after_a_few_passes() -> None:
     simulation, _ = measured(max_batch_size=4)
     for steps, count in ((10, 1), (10, 4), (10, 8), (3, 2)):
@@ -84,7 +121,7 @@ def test_the_wait_that_a_full_queue_names_is_the_time_until_there_is_a_place() -
     with pytest.raises(Overloaded, match="3 of 3 images") as refused:
         simulation.submit()
     started = simulation.clock.now
-    while simulation.queue.places_taken == 3:
+    while places_taken(simulation.queue) == 3:
         simulation.turn()
     assert simulation.clock.now - started == pytest.approx(refused.value.retry_after, rel=0.3)
     simulation.submit()
@@ -112,7 +149,7 @@ def test_what_cannot_meet_its_deadline_alone_is_refused_at_once_and_costs_no_ste
     simulation.submit(num_inference_steps=5)
     with pytest.raises(DeadlineExceeded, match="fewer steps"):
         simulation.submit(num_inference_steps=50, timeout=10.0)
-    assert simulation.queue.places_taken == 1
+    assert places_taken(simulation.queue) == 1
     simulation.run()
 
 
@@ -283,7 +320,7 @@ def test_a_key_that_came_with_another_request_is_refused() -> None:
     with pytest.raises(KeyReused, match="new key"):
         simulation.submit(once=Once("key", b"other"))
     assert simulation.metric("sdxl_idempotent_total", outcome="conflict") == 1
-    assert simulation.queue.places_taken == 1
+    assert places_taken(simulation.queue) == 1
     simulation.run()
     with pytest.raises(KeyReused):
         simulation.submit(once=Once("key", b"other"))

@@ -25,6 +25,7 @@ from app.errors import (
 from app.generation import GenerateRequest, Progress
 from app.telemetry import Telemetry
 from tests.fakes import Dies, FailsAt, Gated, Instant, ReadsSlowly, RunsOutOfMemory, Slow
+from tests.simulation import places_taken
 
 WAIT = 30.0
 
@@ -58,7 +59,7 @@ class Harness:
         """No place taken, nothing pending, nothing running."""
         eventually(lambda: self.metric("sdxl_running_images") == 0)
         assert self.metric("sdxl_pending_images") == 0
-        assert self.batcher.queue.places_taken == 0
+        assert places_taken(self.batcher.queue) == 0
 
 
 def eventually(holds: Callable[[], bool]) -> None:

@@ -18,7 +18,8 @@ from clients.bench import Generator, Load, Mix, main, percentile
 class Scripted:
     """A server that answers infer calls with the given statuses in turn, `delay` seconds after they came."""
 
-    def __init__(self, statuses: list[int], delay: float = 0.0) -> None:
+    def __init__(self, statuses: list[int], delay: float = 0.0, retry_after: str = "0") -> None:
+        self.retry_after = retry_after
         self.statuses = itertools.cycle(statuses)
         self.delay = delay
         self.bodies: list[dict[str, object]] = []
@@ -47,7 +48,8 @@ class Scripted:
                 await asyncio.sleep(self.delay)
                 self.together -= 1
                 status = next(self.statuses)
-            writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\nRetry-After: 0\r\n\r\n".encode())
+            headers = f"Content-Length: 0\r\nRetry-After: {self.retry_after}"
+            writer.write(f"HTTP/1.1 {status} X\r\n{headers}\r\n\r\n".encode())
             await writer.drain()
         writer.close()
         await writer.wait_closed()
@@ -77,6 +79,22 @@ async def test_an_open_loop_does_not_wait_for_answers() -> None:
     assert scripted.most_together > 3
     assert len(load.latencies) == len(scripted.bodies)
     assert min(load.latencies) >= 0.3
+
+
+@pytest.mark.parametrize("retry_after", ["300", "Wed, 21 Oct 2026 07:28:00 GMT"])
+async def test_an_open_loop_is_over_with_its_last_answer(retry_after: str) -> None:
+    """Nobody there asks a second time, so that nobody waits until he may."""
+    scripted = Scripted([429], retry_after=retry_after)
+    async with serving(scripted) as url, asyncio.timeout(60):
+        load = await Generator(url, "m").open(40.0, 0.5, Mix())
+    assert load.errors["429"] == len(scripted.bodies) > 0
+
+
+async def test_a_closed_loop_waits_as_it_is_told() -> None:
+    scripted = Scripted([429], retry_after="0.2")
+    async with serving(scripted) as url:
+        load = await Generator(url, "m").closed(1, 0.5, Mix())
+    assert 1 <= load.errors["429"] <= 3
 
 
 async def test_errors_are_counted_by_kind_and_no_picture_of_them() -> None:

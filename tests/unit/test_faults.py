@@ -30,7 +30,7 @@ from tests.fakes import (
     StopsHalfway,
     Timed,
 )
-from tests.simulation import Simulation
+from tests.simulation import Simulation, places_taken
 
 WAIT = 30.0
 SMALL = 16 * 16
@@ -267,7 +267,7 @@ def test_a_lost_device_ends_everybody_and_says_that_only_a_restart_helps(caplog:
     with pytest.raises(ModelNotReady, match="restarted"):
         running.submit()
     assert "device-side assert" in caplog.text
-    assert running.batcher.queue.places_taken == 0
+    assert places_taken(running.batcher.queue) == 0
     running.batcher.close(0)
 
 
@@ -282,6 +282,7 @@ def test_a_step_that_hangs_is_seen_and_those_who_wait_are_told(caplog: pytest.Lo
     assert not running.batcher.alive
     assert "denoise_step has taken more than" in caplog.text and "self.go.wait" in caplog.text
     assert running.telemetry.registry.get_sample_value("sdxl_hung_steps_total", {"model_name": "fake"}) == 1
+    assert running.telemetry.registry.get_sample_value("sdxl_model_ready", {"model_name": "fake"}) == 0
     assert running.lost == [], "whoever restarts a hanging server decides when"
     family.go.set()
     for thread in running.batcher._threads:
@@ -341,5 +342,5 @@ def test_a_family_that_ends_its_thread_ends_everybody() -> None:
         assert isinstance(ticket.future.exception(WAIT), GenerationFailed)
     for thread in running.batcher._threads:
         thread.join(WAIT)
-    assert not running.batcher.alive and running.batcher.queue.places_taken == 0
+    assert not running.batcher.alive and places_taken(running.batcher.queue) == 0
     running.batcher.close(0)

@@ -15,7 +15,7 @@ from app.engine.ticket import Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, OutOfMemory, Overloaded, RuntimeFault
 from app.generation import PreviewKind, PreviewWish
 from tests.fakes import Clock, FakeJob, Timed
-from tests.simulation import Simulation
+from tests.simulation import Simulation, places_taken
 
 MAX_QUEUE = 24
 
@@ -91,7 +91,7 @@ class Server(RuleBasedStateMachine):
         key: str | None,
         preview: PreviewWish | None,
     ) -> None:
-        before = self.simulation.queue.places_taken
+        before = places_taken(self.simulation.queue)
         told: list[object] = []
         try:
             ticket = self.simulation.submit(
@@ -108,7 +108,7 @@ class Server(RuleBasedStateMachine):
                 listener=told.append,
             )
         except (Overloaded, DeadlineExceeded, KeyReused):
-            assert self.simulation.queue.places_taken == before
+            assert places_taken(self.simulation.queue) == before
             return
         if ticket in self.accepted:
             return
@@ -136,10 +136,10 @@ class Server(RuleBasedStateMachine):
         queue = self.simulation.queue
         still_open = [ticket for ticket in self.accepted if not ticket.over]
         assert set(queue.tickets) == set(still_open)
-        assert queue.places_taken == sum(len(ticket.images) for ticket in still_open) <= MAX_QUEUE
+        assert places_taken(queue) == sum(len(ticket.images) for ticket in still_open) <= MAX_QUEUE
         pending, running = (self.simulation.metric(f"sdxl_{name}_images") for name in ("pending", "running"))
         assert pending == len(queue.waiting)
-        assert pending + running == queue.places_taken
+        assert pending + running == places_taken(queue)
 
     @invariant()
     def nobody_ends_twice(self) -> None:

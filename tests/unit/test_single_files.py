@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app.engine.checkpoints import Checkpoint, read_checkpoint
 from app.engine.folders import Kind, read_index
@@ -138,6 +139,24 @@ def test_a_folder_nearby_is_taken_where_it_fits_and_passed_over_where_it_does_no
     for folder in (tmp_path, CONFIGS / "sdxl-base", CONFIGS / "flux-dev"):
         with pytest.raises(ModelLoadFailed, match="of another architecture"):
             read_single_file(base, None, "config_dir", (folder,))
+
+
+@pytest.mark.parametrize("content", ['{"block_out_channels": [32', "[]", '{"block_out_channels": 3}', '{"a": 1}'])
+def test_a_folder_nearby_that_is_broken_is_passed_over(base: Path, tmp_path: Path, content: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(DEMO, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert read_single_file(base, None, "config_dir", (broken,)).config == broken
+    (broken / "unet" / "config.json").write_text(content)
+    with pytest.raises(ModelLoadFailed, match="of another architecture"):
+        read_single_file(base, None, "config_dir", (broken,))
+
+
+def test_a_first_layer_of_no_such_shape_is_another_architecture(base: Path, tmp_path: Path) -> None:
+    tensors = load_file(base)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(7)
+    save_file(tensors, tmp_path / "flat.safetensors")
+    with pytest.raises(ModelLoadFailed, match="of another architecture"):
+        read_single_file(tmp_path / "flat.safetensors", None, "config_dir", (DEMO,))
 
 
 def test_a_configuration_of_another_kind_is_refused(base: Path, refiner: Path) -> None:
