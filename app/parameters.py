@@ -202,12 +202,13 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
                     f"{name} must have at most {limits.max_prompt_length} characters "
                     "(the server's setting max_prompt_length)."
                 )
-        steps = len(request.timesteps or request.sigmas or ())
-        if steps > limits.max_steps:
-            raise InvalidRequest(
-                f"timesteps and sigmas may have at most {limits.max_steps} numbers, not {steps} (the server's setting "
-                "max_steps)."
-            )
+        for name, more in (("timesteps", 0), ("sigmas", 1)):
+            # The last of sigmas may only be where the last step leads to; the model knows.
+            count, most = len(getattr(request, name) or ()), limits.max_steps + more
+            if count > most:
+                raise InvalidRequest(
+                    f"{name} may have at most {most} numbers, not {count} (the server's setting max_steps)."
+                )
 
 
 def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None:

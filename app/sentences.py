@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 SYNONYMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -88,6 +88,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def counted(number: int, what: str) -> str:
     """``1 step``, ``2 steps``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def no_effect(names: Sequence[str], why: str) -> list[str]:
+    """One sentence about all of `names`, or none where there are none."""
+    return [f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no effect {why}."] if names else []
 
 
 def in_seconds(seconds: float) -> str:

@@ -51,6 +51,8 @@ class _Endpoint:
         self._binary = binary
         self._retries = retries
         self.http_options: dict[str, Any] = {"base_url": parsed}
+        if api_key and not api_key.strip().isprintable():
+            raise ClientError("The API key has characters that no header can hold, such as a line break.")
         if api_key:
             self.http_options["headers"] = {"Authorization": f"Bearer {api_key.strip()}".encode()}
 

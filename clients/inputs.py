@@ -112,6 +112,8 @@ def write_request(
             scalars[name] = plain
     message: dict[str, Any] = {"inputs": inputs, "parameters": scalars}
     if request_id is not None:
+        if not isinstance(request_id, str):
+            raise ClientError(f"request_id must be text, not {type(request_id).__name__}.")
         message["id"] = request_id
     head = json.dumps(message).encode()
     return head + tail, len(head) if tail else None
@@ -123,7 +125,9 @@ def _plain(name: str, value: Any) -> Any:
     Raises:
         ClientError: it is nothing of the kind, or an empty list.
     """
-    if isinstance(value, str | bool | int | float):
+    if isinstance(value, str):
+        return str.__str__(value)  # not a kind of text of somebody's own
+    if isinstance(value, bool | int | float):
         return value
     if hasattr(value, "__array_interface__"):
         return _plain(name, value.tolist())

@@ -97,8 +97,11 @@ async def paint(options: argparse.Namespace) -> None:
 
 
 def following(seed: int, number: int) -> int:
-    """The seed that a server gives to the picture `number` places after that of `seed`: 0 comes after the largest."""
-    return seed + number if seed > MAX_SEED else (seed + number) % (MAX_SEED + 1)
+    """The seed that a server gives to the picture `number` places after that of `seed`: 0 comes after the largest.
+
+    One that no server takes stays as it is, for the server to refuse it.
+    """
+    return (seed + number) % (MAX_SEED + 1) if 0 <= seed <= MAX_SEED else seed
 
 
 def save(picture: Picture, prompt: str, folder: Path) -> Path:

@@ -167,7 +167,7 @@ class Edge:
         request_id.set(identifier)
 
         path = scope["path"]
-        if path.startswith(("http://", "https://")):
+        if path[:8].lower().startswith(("http://", "https://")):
             # As to a proxy, which every server has to take: RFC 9112, 3.2.2.
             path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}

@@ -143,12 +143,15 @@ class Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            # Empty lines may come before a request: RFC 9112, 2.2.
-            data = data.lstrip(b"\r\n")
-        if data:  # nothing would mean the end
-            super().data_received(data)
+        super().data_received(data)
         self._watch()
+
+    def handle_events(self) -> None:
+        if self.conn.their_state is h11.IDLE:
+            # Some clients send an empty line behind a body: RFC 9112, 2.2. h11 offers no other way to pass over it.
+            data, _ = self.conn.trailing_data
+            self.conn._receive_buffer.maybe_extract_at_most(len(data) - len(data.lstrip(b"\r\n")))
+        super().handle_events()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()

@@ -7,6 +7,7 @@ counted and logged here, once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 INLINE_BYTES = 64 * 1024
 """Bodies up to this size are read on the event loop; larger ones would keep it from answering health."""
-
-INLINE_CHARACTERS = 4_000
-"""Of all prompts of a request, which are taken apart into tokens before it is let in."""
 
 
 class Call(Protocol):
@@ -66,7 +64,7 @@ class Serving:
         self.telemetry = telemetry
         self.settings = settings
         # An input image may take a hundred times the memory of its file while it is read.
-        self.readers = asyncio.Semaphore(settings.encode_threads)
+        self.image_readers = asyncio.Semaphore(settings.encode_threads)
 
     async def answer(
         self,
@@ -156,11 +154,10 @@ class Exchange:
         """
         model = self._model
         assert model is not None, "find comes first"
-        if _takes_long(call.requests):
-            async with self._serving.readers:
-                requests = await asyncio.to_thread(model.resolve, call.requests)
-        else:
-            requests = model.resolve(call.requests)
+        # Taking long prompts apart, planning steps and reading images would keep the event loop from answering health.
+        with_image = any(request.image is not None for request in call.requests)
+        async with self._serving.image_readers if with_image else contextlib.nullcontext():
+            requests = await asyncio.to_thread(model.resolve, call.requests)
         if check is not None:
             check(call, requests)
         ticket = model.submit(
@@ -198,13 +195,3 @@ class Exchange:
                 fields[f"{stage}_s"] = round(getattr(self._generation.timings, stage), 4)
         fields["total_s"] = round(time.monotonic() - self._started, 4)
         logger.info(self._verb, extra={"fields": fields})
-
-
-def _takes_long(requests: Sequence[GenerateRequest]) -> bool:
-    """Whether reading `requests` would keep the event loop from answering health."""
-    characters = sum(
-        len(text or "")
-        for request in requests
-        for text in (request.prompt, request.prompt_2, request.negative_prompt, request.negative_prompt_2)
-    )
-    return characters > INLINE_CHARACTERS or any(request.image is not None for request in requests)

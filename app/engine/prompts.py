@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ CACHE_BYTES = 64 * 1024**2
 """Of embeddings that are kept; a short prompt takes about 0.3 MB for SDXL in half precision, the longest 12 MB."""
 MAX_TOKENS = 3000
 """Of one prompt: 40 chunks of what CLIP reads at once."""
-MAX_LIGHT_PARTS = 16
-"""Parts of one prompt that weigh less than 1."""
+MAX_PASSES = 80
+"""Of each encoder, for one prompt."""
 WEIGHT = re.compile(r"(?<!\\)\(([^():]+):\s*(\d+(?:\.\d*)?|\.\d+)\s*\)")
 MAX_WEIGHT = 10.0
 
@@ -95,20 +96,23 @@ class PromptLimits:
         Raises:
             InvalidRequest: it has too many tokens, weights that make no sense, or more than `clip_skip` goes with.
         """
-        count = max(counter(text) for counter in self._counters)
-        if count - 2 > MAX_TOKENS:
-            raise InvalidRequest(f"{name} has {count - 2} tokens, and at most {MAX_TOKENS} are read; shorten it.")
-        _, weights = fragments(text)
-        light = sum(weight < 1 for weight in weights)
-        if light > MAX_LIGHT_PARTS:
+        parts, weights = fragments(text)
+        # Without the special tokens at both ends.
+        count = max(sum(counter(part) - 2 for part in parts) for counter in self._counters)
+        at_once = self._at_once - 2
+        if count > MAX_TOKENS:
+            raise InvalidRequest(f"{name} has {count} tokens, and at most {MAX_TOKENS} are read; shorten it.")
+        chunks, light = max(1, math.ceil(count / at_once)), sum(weight < 1 for weight in weights)
+        if chunks * (1 + light) > MAX_PASSES:
             raise InvalidRequest(
-                f"{name} has {light} parts with a weight below 1, and at most {MAX_LIGHT_PARTS} may; give the others "
-                "no weight, or leave them out."
+                f"{name} is read {at_once} tokens at a time and once more for each part with a weight below 1, which "
+                f"with {count} tokens and {light} such parts is {chunks * (1 + light)} times; at most {MAX_PASSES} "
+                "are done, so shorten it or leave out such weights."
             )
-        if clip_skip is not None and (count > self._at_once or WEIGHT.search(text)):
+        if clip_skip is not None and (count > at_once or WEIGHT.search(text)):
             raise InvalidRequest(
-                f"clip_skip does not go with weights like (word:1.3) or with more than {self._at_once - 2} tokens, "
-                f"and {name} has one or the other."
+                f"clip_skip does not go with weights like (word:1.3) or with more than {at_once} tokens, and {name} "
+                "has one or the other."
             )
 
 

@@ -20,7 +20,7 @@ from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest
 from app.parameters import SIGMA_SPACINGS, TIMESTEP_SPACINGS
-from app.sentences import counted, describe, nearest
+from app.sentences import counted, describe, nearest, no_effect
 
 logger = logging.getLogger(__name__)
 
@@ -80,18 +80,20 @@ class Schedulers:
                 )
         return name
 
-    def ignored(self, request: GenerateRequest) -> list[str]:
-        """Names of parameters of a resolved request that its scheduler takes, and that change nothing."""
+    def warnings(self, request: GenerateRequest) -> list[str]:
+        """Sentences about parameters of a resolved request that its scheduler takes, and that change nothing."""
         assert request.scheduler is not None
-        names = []
+        why = f"with the scheduler {request.scheduler}"
+        sentences = []
         if request.eta and "eta" not in inspect.signature(_class(request.scheduler).step).parameters:
-            names.append("eta")
+            sentences += no_effect(["eta"], why)
         if request.timestep_spacing is not None:
             spaced = [replace(request, timestep_spacing=spacing) for spacing in TIMESTEP_SPACINGS]
             made = [self.begin(each, torch.device("cpu")) for each in spaced]
             if len({(str(timesteps), str(getattr(scheduler, "sigmas", None))) for scheduler, timesteps in made}) == 1:
-                names.append("timestep_spacing")
-        return names
+                spacings = [name for name in SIGMA_SPACINGS if getattr(request, name)]
+                sentences += no_effect(["timestep_spacing"], " and ".join([why, *spacings]))
+        return sentences
 
     def begin(self, request: GenerateRequest, device: torch.device) -> tuple[Any, torch.Tensor]:
         """A scheduler of its own for one image, and all its timesteps, ``[n]``.

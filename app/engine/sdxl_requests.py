@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from app.engine.sdxl_job import Part
 from app.engine.sdxl_schedule import parts_of, plan
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageTask
-from app.sentences import counted, describe
+from app.sentences import counted, describe, no_effect
 
 DENOISING_LIMIT = 0.8
 """Where the refiner takes over unless a request says; its authors' value."""
@@ -176,7 +177,7 @@ class SdxlRequests:
             if int(steps * request.strength) < 1:
                 raise InvalidRequest(
                     f"strength {request.strength:g} of {counted(steps, 'step')} leaves no step to do; take more steps, "
-                    f"or a strength of at least {1 / steps:.3g}."
+                    f"or a strength of at least {math.ceil(1000 / steps) / 1000:g}."
                 )
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
@@ -189,18 +190,31 @@ class SdxlRequests:
         if not guided:
             names = ["guidance_rescale"] if request.guidance_rescale else []
             names += [name for name in NEGATIVE_SIZES if getattr(request, name) is not None]
-            sentences += _no_effect(names, "without guidance")
+            sentences += no_effect(names, "without guidance")
         elif request.task is ImageTask.TEXT_TO_IMAGE:
             sentences += self._lone_sizes(request)
-        if self._refiner is None:
-            names = [name for name in ("denoising_limit", *SCORES) if getattr(request, name) is not None]
-            sentences += _no_effect(names, "without a refiner")
-        sentences += _no_effect(self._base.schedulers.ignored(request), f"with the scheduler {request.scheduler}")
+        sentences += self._idle_refiner(request, guided)
+        sentences += self._base.schedulers.warnings(request)
         if request.sigmas and request.sigmas[-1] > 0:
             sentences.append(f"sigmas end with {request.sigmas[-1]:g} and not 0, so that the picture keeps this noise.")
         if not self.steps(request):
-            sentences.append("denoising_end leaves no step to do, so that the picture is noise.")
+            what = "noise" if request.image is None else "the image with noise on it"
+            sentences.append(f"denoising_end leaves no step to do, so that the picture is {what}.")
         return tuple(sentences)
+
+    def _idle_refiner(self, request: GenerateRequest, guided: bool) -> list[str]:
+        """About what is the refiner's, where there is none or it has nothing to do."""
+        if self._refiner is None:
+            names = [name for name in ("denoising_limit", *SCORES) if getattr(request, name) is not None]
+            return no_effect(names, "without a refiner")
+        default = self._defaults[ImageTask.IMAGE_TO_IMAGE]
+        scores = [name for name in SCORES if getattr(request, name) != default[name]]
+        if len(parts_of(request, self._base, self._refiner)) > 1:
+            return [] if guided else no_effect([name for name in scores if name == SCORES[1]], "without guidance")
+        sentences = no_effect(scores, "where the refiner has no steps to do")
+        if request.denoising_limit is not None and request.denoising_limit < 1:
+            sentences += no_effect(["denoising_limit"], "where denoising_end is not behind it")
+        return sentences
 
     def _lone_sizes(self, request: GenerateRequest) -> list[str]:
         """The stock base wants both sizes of the negative prompt, or none of its three counts."""
@@ -208,17 +222,12 @@ class SdxlRequests:
         missing = [name for name in (NEGATIVE_SIZES[0], NEGATIVE_SIZES[2]) if name not in given_sizes]
         if not missing or len(parts_of(request, self._base, self._refiner)) > 1:
             return []
-        return _no_effect(given_sizes, f"without {' and '.join(missing)}")
+        return no_effect(given_sizes, f"without {' and '.join(missing)}")
 
     def guided(self, request: GenerateRequest) -> bool:
         """Whether each step asks for the negative prompt too."""
         # Models distilled for guidance take the scale as an input instead.
         return (request.guidance_scale or 0) > 1 and self._base.unet.config.time_cond_proj_dim is None
-
-
-def _no_effect(names: Sequence[str], why: str) -> list[str]:
-    """One sentence about all of `names`, or none."""
-    return [f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} no effect {why}."] if names else []
 
 
 def zero_negative(part: Part) -> bool:

@@ -80,7 +80,6 @@ def _whole(part: Part, request: GenerateRequest) -> Stretch:
     start = 0
     if request.strength is not None:
         assert request.num_inference_steps is not None
-        steps = len(timesteps) if request.timesteps or request.sigmas else request.num_inference_steps
-        start = schedulers.from_strength(scheduler, steps, request.strength)
+        start = schedulers.from_strength(scheduler, request.num_inference_steps, request.strength)
     stretch.start_at(start)
     return stretch

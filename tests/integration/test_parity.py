@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import diffusers
@@ -157,6 +158,9 @@ def test_what_a_scheduler_cannot_do_is_refused_by_its_name(
         ({"image": picture(), "strength": 0.5, "scheduler": "Heun"}, 5),
         ({"image": picture(), "mask_image": picture().convert("L"), "strength": 0.34}, 2),
         ({"image": picture(), "sigmas": (14.0, 3.0, 1.0, 0.0), "strength": 0.7}, 2),
+        ({"image": picture(), "timesteps": (900.0, 600.0, 300.0, 100.0), "strength": 0.5}, 2),
+        ({"image": picture(), "timesteps": (900.0, 600.0, 300.0, 100.0), "strength": 0.5, "scheduler": "Heun"}, 3),
+        ({"image": picture(), "timesteps": (900.0, 600.0, 300.0, 100.0), "strength": 0.3, "scheduler": "Heun"}, 1),
     ],
 )
 def test_how_many_steps_there_will_be_is_known_before_they_begin(
@@ -166,7 +170,10 @@ def test_how_many_steps_there_will_be_is_known_before_they_begin(
         parameters = {"num_inference_steps": 6, **parameters}
     request = resolved(family, prompt=PROMPT, seed=1, **parameters)
     assert family.steps(request) == steps
-    assert family.begin(request, family.encode(request)).num_steps == steps
+    job = family.begin(request, family.encode(request))
+    assert job.num_steps == steps
+    while not job.done:
+        family.step([job])
 
 
 def test_sigmas_of_ones_own_are_counted_as_the_steps_between_them(family: SdxlFamily) -> None:
@@ -244,6 +251,11 @@ def test_what_the_model_cannot_do_is_refused_with_what_it_can(
         ({"scheduler": "LCM"}, {"timestep_spacing": "trailing"}, "timestep_spacing has no effect with the scheduler"),
         ({"scheduler": "TCD", "eta": 0.3}, {"timestep_spacing": "linspace"}, "timestep_spacing has no effect"),
         ({"scheduler": "DPM++ 2M Karras"}, {"timestep_spacing": "linspace"}, "timestep_spacing has no effect"),
+        (
+            {"scheduler": "DPM++ 2M", "use_karras_sigmas": True},
+            {"timestep_spacing": "linspace"},
+            "timestep_spacing has no effect with the scheduler DPM++ 2M and use_karras_sigmas.",
+        ),
     ],
 )
 def test_what_has_no_effect_is_said(
@@ -275,12 +287,25 @@ def test_what_has_an_effect_is_not_warned_of(family: SdxlFamily, parameters: dic
     ("parameters", "message"),
     [
         ({"sigmas": (14.0, 3.0, 0.5)}, "sigmas end with 0.5 and not 0, so that the picture keeps this noise"),
-        ({"denoising_end": 0.01, "num_inference_steps": 4}, "denoising_end leaves no step to do"),
+        ({"denoising_end": 0.01, "num_inference_steps": 4}, "no step to do, so that the picture is noise"),
+        (
+            {"image": picture(), "strength": 0.3, "denoising_end": 0.5, "num_inference_steps": 5},
+            "no step to do, so that the picture is the image with noise on it",
+        ),
     ],
 )
 def test_noise_that_stays_in_the_picture_is_said(family: SdxlFamily, parameters: dict[str, Any], message: str) -> None:
-    (sentence,) = family.warnings(family.resolve(GenerateRequest(prompt=PROMPT, **parameters)))
+    (sentence,) = family.warnings(resolved(family, prompt=PROMPT, **parameters))
     assert message in sentence
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 49, 150])
+def test_the_strength_that_a_sentence_advises_is_enough(family: SdxlFamily, steps: int) -> None:
+    asked = {"prompt": PROMPT, "image": picture(), "num_inference_steps": steps}
+    with pytest.raises(InvalidRequest) as refused:
+        resolved(family, **asked, strength=0.99 / steps)
+    (advised,) = re.findall(r"a strength of at least ([\d.]+)\.$", str(refused.value))
+    assert resolved(family, **asked, strength=float(advised)).strength == float(advised)
 
 
 def test_numbers_that_are_not_finite_are_an_error_and_never_a_black_picture(family: SdxlFamily) -> None:

@@ -174,6 +174,55 @@ def test_without_a_refiner_its_parameters_have_no_effect_and_that_is_said(family
     assert sentence == "denoising_limit and aesthetic_score have no effect without a refiner."
 
 
+@pytest.mark.parametrize(
+    ("common", "idle", "message"),
+    [
+        (
+            {"denoising_limit": 1.0},
+            {"aesthetic_score": 9.0},
+            "aesthetic_score has no effect where the refiner has no st",
+        ),
+        (
+            {"denoising_end": 0.5},
+            {"aesthetic_score": 9.0},
+            "aesthetic_score has no effect where the refiner has no step",
+        ),
+        (
+            {"denoising_end": 0.3},
+            {"denoising_limit": 0.5},
+            "denoising_limit has no effect where denoising_end is not be",
+        ),
+        (
+            {"guidance_scale": 1.0},
+            {"negative_aesthetic_score": 9.0},
+            "negative_aesthetic_score has no effect without gui",
+        ),
+    ],
+)
+def test_what_is_the_refiners_and_has_no_effect_is_said(
+    refined: SdxlFamily, common: dict[str, Any], idle: dict[str, Any], message: str
+) -> None:
+    common = {"prompt": PROMPT, "seed": 4, "num_inference_steps": 5, **common}
+    (sentence,) = refined.warnings(refined.resolve(GenerateRequest(**common, **idle)))
+    assert message in sentence
+    assert np.array_equal(ours(refined, **common, **idle), ours(refined, **common))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0},
+        {"denoising_limit": 1.0},
+        {"denoising_end": 0.5},
+        {"denoising_limit": 0.5, "denoising_end": 0.9},
+        {"guidance_scale": 1.0, "aesthetic_score": 9.0},
+    ],
+)
+def test_what_the_refiner_heeds_is_not_warned_of(refined: SdxlFamily, parameters: dict[str, Any]) -> None:
+    assert refined.warnings(refined.resolve(GenerateRequest(prompt=PROMPT, **parameters))) == ()
+
+
 def test_the_model_names_what_it_takes(family: SdxlFamily) -> None:
     assert "true_cfg_scale" not in family.parameters and "loras" not in family.parameters
     assert {"image", "mask_image", "denoising_limit", "aesthetic_score"} <= family.parameters

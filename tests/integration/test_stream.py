@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from app.engine.family import Family
+from app.generation import GenerateRequest
 from app.main import create_app
 from app.settings import Settings
 from tests.fakes import CannotPreview, Dies, FailsAt, Gated, Instant, LosesTheDevice, Previews
@@ -209,6 +211,26 @@ async def test_pixels_that_no_answer_can_hold_are_refused_before_they_are_painte
         answer = await server.client.post(f"{MODEL}/{path}", json={"inputs": inputs, "outputs": [{"name": "pixels"}]})
         assert answer.status_code == 400 and sentence in answer.json()["error"]
         assert len(family.passes) == passes
+
+
+async def test_while_a_request_is_read_the_server_answers_others() -> None:
+    """Planning many steps, or taking long prompts apart, may take a second; health is asked for in the meantime."""
+
+    class Ponders(Instant):
+        go = threading.Event()
+
+        def resolve(self, request: GenerateRequest) -> GenerateRequest:
+            assert request.prompt != "hard" or self.go.wait(WAIT)
+            return super().resolve(request)
+
+    async with running(family := Ponders()) as server:
+        asked = asyncio.ensure_future(server.client.post(f"{MODEL}/generate", json={"prompt": "hard"}))
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert (await server.client.get(path)).status_code == 200
+        assert (await server.client.post(f"{MODEL}/generate", json={"prompt": "easy"})).status_code == 200
+        assert not asked.done()
+        family.go.set()
+        assert (await asked).status_code == 200
 
 
 async def test_a_priority_may_be_written_with_a_fraction_that_is_none() -> None:

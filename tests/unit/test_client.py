@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import decimal
+import enum
 import fractions
 import io
 import json
@@ -130,6 +131,22 @@ def read(*arguments: Any, **keywords: Any) -> InferCall:
 def test_numbers_may_be_of_any_kind(name: str, value: object, expected: object) -> None:
     (request,) = read("p", {name: value}).requests
     assert getattr(request, name) == expected
+
+
+def test_a_text_of_ones_own_kind_is_a_text() -> None:
+    class Colour(enum.StrEnum):
+        RED = "red"
+
+    for prompt in (np.str_("red"), Colour.RED):
+        (request,) = read(prompt, {"scheduler": np.str_("Euler")}).requests
+        assert (request.prompt, request.scheduler) == ("red", "Euler")
+
+
+def test_an_id_or_a_key_that_cannot_be_sent_is_told_so(ask: Ask) -> None:
+    with pytest.raises(ClientError, match="request_id must be text, not int"):
+        ask(always(json_answer()), "generate", "a", request_id=5)
+    with pytest.raises(ClientError, match="The API key has characters that no header can hold"):
+        ask(always(json_answer()), "live", options={"api_key": "a\nb"})
 
 
 def test_prompts_and_seeds_may_come_as_arrays() -> None:
@@ -696,4 +713,4 @@ def test_after_the_largest_seed_comes_0_as_on_the_server() -> None:
     largest = 2**63 - 1
     assert [paint.following(largest - 1, number) for number in range(3)] == [largest - 1, largest, 0]
     # One that no server takes is refused there, and not bent into one that it takes.
-    assert paint.following(largest + 1, 0) == largest + 1
+    assert [paint.following(seed, 1) for seed in (largest + 1, -1)] == [largest + 1, -1]

@@ -94,7 +94,8 @@ def test_any_value_is_taken_or_refused_never_changed(name: str, value: Any) -> N
         ({"prompt": "x" * 101}, "prompt must have at most 100 characters"),
         ({"negative_prompt_2": "x" * 101}, "negative_prompt_2 must have at most 100 characters"),
         ({"height": 4096, "width": 8}, "height must be at most 2048, not 4096.*max_side"),
-        ({"timesteps": (9.0,) * 51}, "at most 50 numbers, not 51.*max_steps"),
+        ({"timesteps": (9.0,) * 51}, "timesteps may have at most 50 numbers, not 51.*max_steps"),
+        ({"sigmas": (9.0,) * 52}, "sigmas may have at most 51 numbers, not 52.*max_steps"),
     ],
 )
 def test_what_is_too_much_is_refused_by_the_name_of_the_limit(parameters: dict[str, Any], message: str) -> None:
