@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = (*SIGMA_SPACINGS, "timestep_spacing")
 """Parameters of a request that are entries of a scheduler's configuration."""
+TRIAL_STEPS = 7
 CUSTOM = ("timesteps", "sigmas")
 """Parameters of a request that replace the number of steps."""
 
@@ -88,7 +89,9 @@ class Schedulers:
         if request.eta and "eta" not in inspect.signature(_class(request.scheduler).step).parameters:
             sentences += no_effect(["eta"], why)
         if request.timestep_spacing is not None:
-            spaced = [replace(request, timestep_spacing=spacing) for spacing in TIMESTEP_SPACINGS]
+            # Few steps tell as well as many, and the device waits for this.
+            few = replace(request, num_inference_steps=TRIAL_STEPS)
+            spaced = [replace(few, timestep_spacing=spacing) for spacing in TIMESTEP_SPACINGS]
             made = [self.begin(each, torch.device("cpu")) for each in spaced]
             if len({(str(timesteps), str(getattr(scheduler, "sigmas", None))) for scheduler, timesteps in made}) == 1:
                 spacings = [name for name in SIGMA_SPACINGS if getattr(request, name)]
