@@ -125,8 +125,9 @@ _IDEMPOTENCY_KEY = {
 _OWN_ID = {
     "name": "X-Request-Id",
     "in": "header",
-    "description": "By it the request can be asked about, cancelled, and found in the log; a new one unless given.",
-    "schema": {"type": "string", "pattern": f"^{edge.REQUEST_ID.pattern}$"},
+    "description": "By it the request can be asked about, cancelled, and found in the log: up to 128 letters, digits, "
+    "`.`, `_` and `-`. A new one takes its place where it is left out or something else.",
+    "schema": {"type": "string"},
 }
 _LINKS = {
     name: {"operationId": operation, "parameters": {"request_id": "$response.header.X-Request-Id"}}

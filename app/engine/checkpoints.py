@@ -97,8 +97,11 @@ KNOWN = (
     (b"<html", f"is a web page and not the weights; {AGAIN}, logged in where that is needed"),
     (b"<?xml", f"is an XML document and not the weights; {AGAIN}"),
     (b"{", f"is a JSON document and not the weights; {AGAIN}"),
-    (b"pk\x03\x04", f"holds pickled weights under the name of a {SUFFIX} file; take the model in that format"),
-    (b"\x80", f"holds pickled weights under the name of a {SUFFIX} file; take the model in that format"),
+    # An archive, or the protocols of pickles.
+    *(
+        (start, f"holds pickled weights under the name of a {SUFFIX} file; take the model in that format")
+        for start in (b"pk\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ),
 )
 
 
@@ -106,14 +109,14 @@ def _describe(start: bytes, length: int, size: int) -> str:
     """What a file is that is no safetensors file, and what to do."""
     if not size:
         return f"is empty; {AGAIN}"
-    if size < 8:
-        return f"is cut off: it has {size} bytes, less than the length of a header; {AGAIN}"
     if start[8:9] == b"{" and length > size - 8:
         return f"is cut off: its header alone has {length} bytes, and the file {size}; {AGAIN}"
     text = start.lstrip().lower()
     for beginning, what in KNOWN:
         if text.startswith(beginning):
             return what
+    if size <= 8:
+        return f"is cut off: it has {size} bytes, which no header fits into; {AGAIN}"
     return f"is no safetensors file: its header cannot be read; {AGAIN}"
 
 

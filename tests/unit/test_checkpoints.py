@@ -56,9 +56,7 @@ def test_a_file_may_hold_metadata_scalars_and_empty_tensors(tmp_path: Path) -> N
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 100, 5000, -1], ids=str)
 def test_a_file_that_is_cut_off_anywhere_is_told_so(tmp_path: Path, kept: int) -> None:
     sentence = complaint(make(tmp_path, WHOLE.read_bytes()[:kept]))
-    assert "download it again" in sentence
-    if kept != 8:
-        assert "is cut off" in sentence
+    assert "download it again" in sentence and "is cut off" in sentence
 
 
 @pytest.mark.parametrize(
