@@ -22,8 +22,10 @@ from app.engine.adapters import Loras
 from app.engine.tokens import TokenCounter
 from app.errors import InvalidRequest
 
+CACHE_SIZE = 128
+"""Prompts whose embeddings are kept."""
 CACHE_BYTES = 64 * 1024**2
-"""Of embeddings that are kept; a short prompt takes about 0.3 MB for SDXL in half precision, the longest 12 MB."""
+"""Of all of them; a short prompt takes about 0.3 MB for SDXL in half precision, the longest 12 MB."""
 MAX_TOKENS = 3000
 """Of one prompt: 40 chunks of what CLIP reads at once."""
 MAX_PASSES = 80
@@ -160,7 +162,7 @@ class PromptEncoder:
             embedding = self._chunked(texts)
         self._cache[key] = embedding
         self._cached_bytes += embedding.nbytes
-        while self._cached_bytes > CACHE_BYTES:
+        while self._cached_bytes > CACHE_BYTES or len(self._cache) > CACHE_SIZE:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
         return embedding

@@ -153,6 +153,12 @@ def test_a_split_reads_no_more_than_what_one_chunk_holds(family: SdxlFamily, mon
     assert lengths and max(lengths) <= 76
 
 
+def test_no_more_than_so_many_embeddings_are_kept(family: SdxlFamily) -> None:
+    for number in range(prompts.CACHE_SIZE + 20):
+        family.encode(family.resolve(GenerateRequest(prompt=f"number {number}")))
+    assert len(family._base.prompts._cache) == prompts.CACHE_SIZE
+
+
 def test_embeddings_are_kept_within_bytes(family: SdxlFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     def texts() -> list[Embedding]:
         return [*family._base.prompts._cache.values()]
