@@ -149,6 +149,14 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute], *, documen
 # --- Every request ---------------------------------------------------------------------------------------------
 
 
+def _plain(path: str) -> str:
+    """`path` without a server before it or a slash behind it."""
+    if path[:8].lower().startswith(("http://", "https://")):
+        # As to a proxy, which every server has to take: RFC 9112, 3.2.2.
+        path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
+    return path.rstrip("/") or "/" if path.endswith("/") else path
+
+
 class Edge:
     """ASGI middleware: gives each request an id, checks its key, and reads ``/path/`` as ``/path``."""
 
@@ -166,13 +174,8 @@ class Edge:
         identifier = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request_id.set(identifier)
 
-        path = scope["path"]
-        if path[:8].lower().startswith(("http://", "https://")):
-            # As to a proxy, which every server has to take: RFC 9112, 3.2.2.
-            path = "/" + path.split("/", 3)[3] if path.count("/") > 2 else "/"
-            scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}
-        if len(path) > 1 and path.endswith("/"):
-            path = path.rstrip("/") or "/"
+        path = _plain(scope["path"])
+        if path != scope["path"]:
             scope = {**scope, "path": path, "raw_path": path.encode("utf-8", "surrogateescape")}
 
         method = scope["method"]

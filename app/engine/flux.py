@@ -111,7 +111,7 @@ class FluxFamily(Family[FluxJob]):
         return self._requests.resolve(request)
 
     def steps(self, request: GenerateRequest) -> int:
-        return self._requests.steps(request)
+        return self._schedulers.passes(request)
 
     def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
         losses = self._optimization.losses(request, guided=self._requests.guided(request))

@@ -85,10 +85,6 @@ class FluxRequests:
         self._check_shares(resolved)
         return resolved
 
-    def steps(self, request: GenerateRequest) -> int:
-        """Denoising steps of one picture of a resolved request."""
-        return self._schedulers.passes(request)
-
     def _size(self, request: GenerateRequest) -> tuple[int, int]:
         """Height and width: as asked, or the input image's own, or the model's."""
         sides = {"height": request.height, "width": request.width}

@@ -75,6 +75,12 @@ def fragments(prompt: str) -> tuple[list[str], list[float]]:
     return texts, weights
 
 
+def _encoders(pipeline: Any) -> list[tuple[Any, Any]]:
+    """The tokenizers and text encoders of a pipeline; SDXL's refiner has only the second ones."""
+    pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
+    return [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
+
+
 class PromptLimits:
     """Refuses prompts that the encoders of one pipeline cannot read or should not; any thread may ask.
 
@@ -83,8 +89,7 @@ class PromptLimits:
     """
 
     def __init__(self, pipeline: Any) -> None:
-        pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
-        tokenizers = [tokenizer for tokenizer, encoder in pairs if encoder is not None]
+        tokenizers = [tokenizer for tokenizer, _ in _encoders(pipeline)]
         self._counters = [TokenCounter(tokenizer) for tokenizer in tokenizers]
         self._at_once = min(tokenizer.model_max_length for tokenizer in tokenizers)
 
@@ -129,8 +134,7 @@ class PromptEncoder:
     def __init__(self, pipeline: Any, device: torch.device) -> None:
         self._pipeline = pipeline
         self._device = device
-        pairs = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
-        self._encoders = [(tokenizer, encoder) for tokenizer, encoder in pairs if encoder is not None]
+        self._encoders = _encoders(pipeline)
         self._cache: collections.OrderedDict[Hashable, Embedding] = collections.OrderedDict()
         self._cached_bytes = 0
 

@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 OPTIONS = (*SIGMA_SPACINGS, "timestep_spacing")
 """Parameters of a request that are entries of a scheduler's configuration."""
-TRIAL_STEPS = 7
 CUSTOM = ("timesteps", "sigmas")
 """Parameters of a request that replace the number of steps."""
+TRIAL_STEPS = 7
+"""By which spacings are compared: every scheduler can do so many, and they tell as well as more."""
 
 
 def _key(name: str) -> str:
@@ -89,7 +90,7 @@ class Schedulers:
         if request.eta and "eta" not in inspect.signature(_class(request.scheduler).step).parameters:
             sentences += no_effect(["eta"], why)
         if request.timestep_spacing is not None:
-            # Few steps tell as well as many, and the device waits for this.
+            # Few, as the device waits for this.
             few = replace(request, num_inference_steps=TRIAL_STEPS)
             spaced = [replace(few, timestep_spacing=spacing) for spacing in TIMESTEP_SPACINGS]
             made = [self.begin(each, torch.device("cpu")) for each in spaced]

@@ -43,6 +43,13 @@ def theirs(pipeline: Any, seed: int | torch.Generator, **parameters: Any) -> np.
     return output if isinstance(output, torch.Tensor) else np.asarray(output[0])
 
 
+def check_idle(family: Family[Any], common: dict[str, Any], idle: dict[str, Any], message: str) -> None:
+    """What is said to change nothing changes no pixel."""
+    (sentence,) = family.warnings(resolved(family, **common, **idle))
+    assert message in sentence
+    assert np.array_equal(ours(family, **common, **idle), ours(family, **common))
+
+
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     """Decibels; pictures that people cannot tell apart have 40 and more."""
     error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
