@@ -1,12 +1,15 @@
-"""Running on a device: without gradients, not too far ahead of it, and with a full one reported as our own error."""
+"""Running on a device: without gradients, without waiting for it, not too far ahead of it, and with a full one reported
+as our own error."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from app.errors import OutOfMemory
 
@@ -33,6 +36,30 @@ def on_device(method: Callable[P, R]) -> Callable[P, R]:
         raise OutOfMemory(full)
 
     return wrapper
+
+
+def sending(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, what the host makes for `device` gets there without the host waiting until the device has come to it.
+
+    Schedulers draw noise and make small tables on the host, in the middle of steps. Sent as PyTorch does it, from
+    memory that may be paged out, each would wait for all that the device has still to do.
+    """
+    return _Sending() if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _Sending(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and _is_gpu(kwargs.get("device")):
+            made: torch.Tensor = func(*args, **{**kwargs, "device": "cpu"})
+            return made.pin_memory().to(kwargs["device"], non_blocking=True)
+        if func is torch.Tensor.to and not args[0].is_cuda and any(map(_is_gpu, (*args[1:], kwargs.get("device")))):
+            return func(args[0].pin_memory(), *args[1:], **{**kwargs, "non_blocking": True})
+        return func(*args, **kwargs)
+
+
+def _is_gpu(device: Any) -> bool:
+    return isinstance(device, torch.device | str) and torch.device(device).type == "cuda"
 
 
 class Pace:

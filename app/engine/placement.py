@@ -222,13 +222,14 @@ class _Turn(ModelHook):  # type: ignore[misc]
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if self._turns.holder is not module:
-            if self._turns.holder is not None:
-                self._turns.holder.to("cpu")
-                self._turns.holder = None
+            # Nobody's until all of a part is there: neither one that left nor one that came may be there by half.
+            before, self._turns.holder = self._turns.holder, None
+            if before is not None:
+                before.to("cpu")
             try:
                 module.to(self.execution_device)
             except BaseException:
-                # Half of it is there where memory ended: whoever comes next wants the room, or all of the part.
+                # Whoever comes next wants the room, or all of the part.
                 module.to("cpu")
                 raise
             self._turns.holder = module

@@ -123,6 +123,26 @@ class PromptLimits:
             )
 
 
+class _Encoder:
+    """A text encoder as compel asks it.
+
+    Attributes:
+        device: where it computes and its embeddings are wanted; its weights may wait elsewhere, or nowhere.
+    """
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self._module = module
+        self.device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._module.dtype
+        return dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs)
+
+
 class PromptEncoder:
     """The text encoders of one pipeline; used on the device thread alone.
 
@@ -192,7 +212,7 @@ class PromptEncoder:
         return [
             Provider(
                 tokenizer,
-                encoder,
+                _Encoder(encoder, self._device),
                 truncate=False,
                 returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
                 device=self._device,

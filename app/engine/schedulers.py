@@ -111,9 +111,6 @@ class Schedulers:
         """
         assert request.scheduler is not None
         scheduler = copy.deepcopy(self._template(request))
-        if isinstance(scheduler, diffusers.DPMSolverSDEScheduler):
-            # It draws from a tree of random numbers that has its own seed.
-            scheduler.noise_sampler_seed = request.seed
         chosen: dict[str, Any] = {name: list(getattr(request, name)) for name in CUSTOM if getattr(request, name)}
         if "timesteps" in chosen:
             chosen["timesteps"] = [int(timestep) for timestep in chosen["timesteps"]]
@@ -195,6 +192,27 @@ def snapshot(scheduler: Any) -> Any:
         if isinstance(value, list):
             setattr(twin, name, list(value))
     return twin
+
+
+def draw_on_host(scheduler: Any, latents: torch.Tensor, seed: int) -> None:
+    """Have a scheduler that would draw on the device draw on the host, as all others do: a seed means the same picture
+    on every device.
+
+    Args:
+        scheduler: with its timesteps.
+        latents: such as it will step.
+        seed: of the image.
+    """
+    if not hasattr(scheduler, "noise_sampler_seed"):
+        return
+    # Imported for whoever asks for it: it takes torchsde along.
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    # As it does by itself in its first step: from a tree of random numbers that has its own seed.
+    device, sigmas = latents.device, scheduler.sigmas
+    shape = torch.zeros(latents.shape, dtype=latents.dtype)
+    tree = BrownianTreeNoiseSampler(shape, sigmas[sigmas > 0].min().item(), sigmas.max().item(), seed)
+    scheduler.noise_sampler = lambda start, end: tree(start, end).to(device)
 
 
 def step_options(scheduler: Any, generator: torch.Generator, eta: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from app import images
 from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
-from app.engine.device import Pace, on_device
+from app.engine.device import Pace, on_device, sending
 from app.engine.family import Family
 from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.prompts import Embedding
@@ -136,10 +136,12 @@ class SdxlFamily(Family[SdxlJob]):
         dtype = conditioning.positive[self._base.name].hidden.dtype
         way = plan(request, self._base, self._refiner)
         legs = [self._leg(stretch, request, conditioning, generator) for stretch in way]
-        latents, inpainting = self._latents(request, legs[0], generator, dtype)
-        if inpainting is not None:
+        if request.mask_image is not None:
             for leg in legs:
                 leg.kept = self._kept(leg, dtype)
+        latents, inpainting = self._latents(request, legs[0], generator, dtype)
+        for leg in legs:
+            schedulers.draw_on_host(leg.scheduler, latents, request.seed)
         # So few steps that none falls to the base: the refiner gets the base's noise, as from the stock pipeline.
         legs = [leg for leg in legs if len(leg.timesteps)] or legs[:1]
         guided = bool(conditioning.negative)
@@ -265,7 +267,8 @@ class SdxlFamily(Family[SdxlJob]):
         return latents, Inpainting(small, image_latents, noise, masked_latents if nine else None)
 
     def _kept(self, leg: Leg, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Asked of the scheduler once for all steps: its own way there goes through the host."""
+        """Asked of the scheduler once for all steps, and before it has anything on the device: its own way there goes
+        through the host."""
         one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
         pairs = []
         for index, timestep in enumerate(leg.scheduler_timesteps):
@@ -343,13 +346,16 @@ class SdxlFamily(Family[SdxlJob]):
         hands_over = job.leg_step + 1 == len(leg.timesteps) and job.leg_index + 1 < len(job.legs)
         inpainting = job.inpainting
         try:
-            latents = scheduler.step(noise, timestep, job.latents, **leg.step_options, return_dict=False)[0]
-            if inpainting is not None and inpainting.masked_latents is None:
-                latents = self._keep_unmasked(job, latents, inpainting)
-            if inpainting is not None and hands_over:
-                # To the refiner, what the base has made so far is the picture.
-                fresh = randn_tensor(latents.shape, generator=job.generator, device=self._device, dtype=latents.dtype)
-                inpainting = Inpainting(inpainting.mask, latents, fresh, None)
+            with sending(self._device):
+                latents = scheduler.step(noise, timestep, job.latents, **leg.step_options, return_dict=False)[0]
+                if inpainting is not None and inpainting.masked_latents is None:
+                    latents = self._keep_unmasked(job, latents, inpainting)
+                if inpainting is not None and hands_over:
+                    # To the refiner, what the base has made so far is the picture.
+                    fresh = randn_tensor(
+                        latents.shape, generator=job.generator, device=self._device, dtype=latents.dtype
+                    )
+                    inpainting = Inpainting(inpainting.mask, latents, fresh, None)
         except BaseException:
             job.generator.set_state(drawn)
             raise

@@ -111,6 +111,27 @@ def test_a_part_that_does_not_fit_leaves_the_device_to_the_next_one_and_comes_wh
     assert unet(1) == 2 and moves[3:] == [("unet", "meta")]
 
 
+def test_a_part_that_cannot_leave_comes_whole_the_next_time() -> None:
+    class Stuck(Part):
+        stuck = False
+
+        def to(self, device: Any) -> Stuck:  # type: ignore[override]
+            super().to(device)
+            if str(device) == "cpu" and self.stuck:
+                raise MemoryError
+            return self
+
+    moves: list[tuple[str, str]] = []
+    encoder, unet = Stuck("encoder", moves), Part("unet", moves)
+    placement.take_turns({"encoder": encoder, "unet": unet}, torch.device("meta"))
+    encoder(1)
+    encoder.stuck = True
+    with pytest.raises(MemoryError):
+        unet(1)
+    moves.clear()
+    assert encoder(1) == 2 and moves == [("encoder", "meta")]
+
+
 def test_going_back_and_forth_is_costly_for_whole_parts_and_for_layers_alone() -> None:
     def interleaves(offload: str | None) -> bool:
         return Placement(CPU, torch.float32, offload, "none").interleaves
