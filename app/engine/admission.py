@@ -14,8 +14,39 @@ from app.sentences import counted, in_seconds
 
 LONGEST_WAIT = 600
 """Seconds that nobody is told to wait longer than."""
-CAUTION = 1.5
-"""How much longer than estimated it may take before a deadline is missed."""
+FIRST_CAUTION = 2.0
+LEAST_CAUTION, MOST_CAUTION = 1.5, 3.0
+CAUTION_HALF_LIFE = 600.0
+"""Seconds in which half of what was learned is forgotten."""
+LEAST_FORESEEN = 1.0
+"""Seconds of a forecast that something can be learned from: what is shorter is off by what nobody forecasts."""
+MISSED = 1.25
+"""How much longer than until its deadline a request would have taken that was given up there."""
+
+
+class Caution:
+    """How many times longer than foreseen things may take on this host: what they took at most of late.
+
+    A GPU of one's own keeps its promises within a few per cent; cores that others share may lose half their speed for
+    seconds.
+
+    Args:
+        now: on any clock of seconds.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._most = FIRST_CAUTION
+        self._since = now
+
+    def now(self, now: float) -> float:
+        kept: float = 0.5 ** ((now - self._since) / CAUTION_HALF_LIFE)
+        return LEAST_CAUTION + (self._most - LEAST_CAUTION) * kept
+
+    def learn(self, foreseen: float, seconds: float, now: float) -> None:
+        """Note that what was `foreseen` to take so many seconds took `seconds`."""
+        if foreseen >= LEAST_FORESEEN:
+            self._most = min(max(self.now(now), seconds / foreseen), MOST_CAUTION)
+            self._since = now
 
 
 def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> dict[Ticket, float]:
@@ -111,39 +142,41 @@ def check_places(new: Ticket, forecast: Mapping[Ticket, float], most: int) -> No
 
 
 def check_seconds(
-    new: Ticket, forecast: Mapping[Ticket, float], most: float, costs: Costs, devices: int, now: float, alone: float
+    new: Ticket,
+    forecast: Mapping[Ticket, float],
+    with_new: Mapping[Ticket, float],
+    most: float,
+    now: float,
+    alone: float,
+    caution: float,
 ) -> None:
     """Refuse what would be late, would make others late, or would make the queue too long.
-
-    With nobody else there nothing is refused: one odd measurement must not keep the next one from being made.
 
     Args:
         new: who wants in.
         forecast: who is in, and when they are likely to be done.
+        with_new: the same with the new one among them.
         most: seconds of work in the queue.
-        costs: what is known of seconds.
-        devices: that share the work.
         now: on the clock of the tickets.
         alone: seconds that the new one takes without company.
+        caution: how many times longer than forecast it may take before a deadline is missed.
 
     Raises:
         Overloaded: with the seconds until it would fit.
         DeadlineExceeded: its deadline is too short even without company.
     """
-    if not forecast or not costs.measured:
-        return
     timeout = new.deadline - now
     if alone > timeout:
         raise DeadlineExceeded(
             f"The request takes about {in_seconds(alone)}, but its deadline is after {in_seconds(timeout)}; allow more "
             "time or ask for fewer steps or images."
         )
-    with_new = schedule([*forecast, new], costs, devices)
-    late = with_new[new] - timeout / CAUTION
+    late = with_new[new] - timeout / caution
     if late > 0:
         _refuse("The queue is too long for the request to meet its deadline", late)
     for ticket, before in forecast.items():
-        late = now + with_new[ticket] * (1 + (CAUTION - 1) / 2) - ticket.deadline
+        # Half of it is for what has come since they were let in.
+        late = now + with_new[ticket] * (1 + caution) / 2 - ticket.deadline
         if late > 0 and with_new[ticket] > before and now + before <= ticket.deadline:
             _refuse("The request would keep another one from meeting its deadline", late)
     total = max(with_new.values())

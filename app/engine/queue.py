@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import enum
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from app.engine import admission, policy
@@ -99,6 +99,7 @@ class Queue:
         self.closing = False
         self.broken = ""
         """Why nothing will ever be done again, if so."""
+        self._caution = admission.Caution(clock())
         self.answers = Answers(keep_answers)
         self._outcomes: collections.OrderedDict[str, RequestStatus] = collections.OrderedDict()
         self._places_moved = False
@@ -177,9 +178,17 @@ class Queue:
         now = ticket.accepted
         alone = admission.schedule([ticket], self._costs)[ticket]
         ticket.due = policy.due(now, alone, ticket.deadline - now, priority)
-        forecast = self._forecast(now)
+        forecast = self._schedule(self.tickets)
         admission.check_places(ticket, forecast, self._max_images)
-        admission.check_seconds(ticket, forecast, self._max_seconds, self._costs, self._devices, now, alone)
+        if self._costs.measured:
+            with_new = self._schedule([*forecast, ticket])
+            # With nobody else there nothing is refused: one odd measurement must not keep the next from being made.
+            if forecast:
+                caution = self._caution.now(now)
+                admission.check_seconds(ticket, forecast, with_new, self._max_seconds, now, alone, caution)
+            ticket.foreseen = with_new[ticket]
+            for other, before in forecast.items():
+                other.foreseen += with_new[other] - before if other.foreseen else 0.0
         self.tickets[ticket] = None
         self.waiting.extend(ticket.images)
         self._telemetry.pending.inc(len(ticket.images))
@@ -255,6 +264,7 @@ class Queue:
             self._telemetry.running.dec(len(ticket.images) - len(waiting))
             for image in ticket.images:
                 image.stage = Stage.OVER
+            self._learn(ticket, fault)
             self.answers.ended(ticket, fault is None, self._clock())
             for request_id in ticket.request_ids:
                 self._remember(request_id, ticket, fault)
@@ -269,6 +279,13 @@ class Queue:
         else:
             self._telemetry.failed(fault.code)
         ticket.future.set_exception(fault)
+
+    def _learn(self, ticket: Ticket, fault: RuntimeFault | None) -> None:
+        now = self._clock()
+        if fault is None:
+            self._caution.learn(ticket.foreseen, now - ticket.accepted, now)
+        elif isinstance(fault, DeadlineExceeded):
+            self._caution.learn(ticket.foreseen, (now - ticket.accepted) * admission.MISSED, now)
 
     def end_all(self, fault: RuntimeFault) -> None:
         with self.condition:
@@ -360,11 +377,14 @@ class Queue:
 
     def _forecast(self, now: float) -> dict[Ticket, float]:
         """The seconds until each open ticket is likely to be done, most urgent first; made anew when that may differ
-        and once in a while, so that refusing many requests costs little."""
+        and once in a while, so that asking often costs little."""
         if now >= self._forecast_until:
-            self._last_forecast = admission.schedule(self.tickets, self._costs, self._devices)
+            self._last_forecast = self._schedule(self.tickets)
             self._forecast_until = now + FORECAST_SECONDS
         return self._last_forecast
+
+    def _schedule(self, tickets: Iterable[Ticket]) -> dict[Ticket, float]:
+        return admission.schedule(tickets, self._costs, self._devices)
 
     def _known(self, seconds: float) -> float | None:
         return seconds if self._costs.measured else None

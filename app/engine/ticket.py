@@ -100,6 +100,7 @@ class Ticket:
         keeper: who ends it.
         preview: which previews its listeners want.
         due: by when it should be done; who is due first goes first.
+        foreseen: seconds that it was to take when it was accepted, and what others add who were let in since.
         waiters: callers that wait for it.
         over: it has ended; its images get no further step.
         place: in the queue, as last told to the listeners.
@@ -113,6 +114,7 @@ class Ticket:
     keeper: Keeper
     preview: PreviewWish | None = None
     due: float = 0.0
+    foreseen: float = 0.0
     number: int = field(default_factory=_numbers.__next__)
     request_ids: list[str] = field(default_factory=list)
     listeners: list[Listener] = field(default_factory=list)

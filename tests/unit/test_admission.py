@@ -176,22 +176,28 @@ def test_nobody_is_let_in_who_would_make_another_one_late() -> None:
     simulation.submit(num_inference_steps=10)
     promised = simulation.submit(num_inference_steps=10, timeout=36.0)
     with pytest.raises(Overloaded, match="another one"):
-        simulation.submit(num_inference_steps=20, timeout=39.0, priority=1)
+        simulation.submit(num_inference_steps=20, timeout=60.0, priority=1)
     simulation.run()
     assert promised.future.exception(0) is None
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_at_three_times_the_capacity_whoever_is_accepted_meets_its_deadline(seed: int) -> None:
+def overload(simulation: Simulation, family: Timed, seed: int, slowdown: float = 1.0) -> tuple[int, int]:
+    """Three times too many requests with deadlines, on a device that is slower for 40 of every 240 seconds.
+
+    Returns:
+        How many were accepted, and how many of these were late.
+    """
     rng = random.Random(seed)
-    simulation, _ = measured(max_batch_size=4, max_queue=64)
     accepted: list[Ticket] = []
     refused = 0
-    arrival = simulation.clock.now
+    started = arrival = simulation.clock.now
+    fixed, per_row, decoding = family.fixed, family.per_row, family.decoding
     for number in range(400):
         # With four to a pass an image takes 3.5 seconds of the device: nearly one a second is three times that.
         arrival += rng.expovariate(0.86)
         while simulation.clock.now < arrival and simulation.queue.tickets:
+            pace = slowdown if (simulation.clock.now - started) % 240 > 200 else 1.0
+            family.fixed, family.per_row, family.decoding = fixed * pace, per_row * pace, decoding * pace
             simulation.turn()
         simulation.clock.now = max(simulation.clock.now, arrival)
         steps, width, timeout = rng.randint(4, 16), rng.choice((16, 32)), rng.choice((60.0, 120.0))
@@ -202,10 +208,61 @@ def test_at_three_times_the_capacity_whoever_is_accepted_meets_its_deadline(seed
             assert 1 <= error.retry_after <= 600
     simulation.run()
     late = [ticket for ticket in accepted if ticket.future.exception(0) is not None]
-    assert refused > 200 and len(accepted) > 100
-    # The rest is an estimate: who comes later, and how passes fill up, is not known when a promise is given.
-    assert len(late) <= len(accepted) / 100
+    assert refused > 200 and len(accepted) > 90
     simulation.assert_empty()
+    return len(accepted), len(late)
+
+
+@pytest.mark.parametrize(("slowdown", "one_in"), [(1.0, 100), (1.3, 100), (1.6, 50)])
+@pytest.mark.parametrize("seed", range(5))
+def test_at_three_times_the_capacity_whoever_is_accepted_meets_its_deadline(
+    seed: int, slowdown: float, one_in: int
+) -> None:
+    simulation, family = measured(max_batch_size=4, max_queue=64)
+    accepted, late = overload(simulation, family, seed, slowdown)
+    # The rest is an estimate: who comes later, and how passes fill up, is not known when a promise is given.
+    assert late <= accepted / one_in
+
+
+def promises(simulation: Simulation, seconds: float) -> bool:
+    """Whether a request that takes 46 seconds behind others is let in, where it may take so many."""
+    others = [simulation.submit(seed=seed, num_inference_steps=10, priority=1) for seed in range(3)]
+    try:
+        simulation.submit(num_inference_steps=10, timeout=seconds)
+    except Overloaded:
+        return False
+    else:
+        return True
+    finally:
+        assert not any(ticket.over for ticket in others)
+        simulation.run()
+
+
+def test_promises_are_kept_more_carefully_where_they_were_broken_until_that_is_long_ago() -> None:
+    simulation, family = measured(max_batch_size=1)
+    assert promises(simulation, 100.0) and not promises(simulation, 75.0)
+    simulation.clock.now += 4 * 3600
+    assert promises(simulation, 75.0)
+    family.fixed, family.decoding = 3 * family.fixed, 3 * family.decoding
+    promises(simulation, 1e6)
+    family.fixed, family.decoding = family.fixed / 3, family.decoding / 3
+    for _ in range(3):
+        promises(simulation, 1e6)
+    assert not promises(simulation, 110.0) and promises(simulation, 140.0)
+    simulation.clock.now += 4 * 3600
+    assert promises(simulation, 75.0)
+
+
+def test_what_comes_between_is_foreseen_and_no_reason_for_care() -> None:
+    simulation, _ = measured(max_batch_size=1)
+    simulation.clock.now += 4 * 3600
+    patient = simulation.submit(num_inference_steps=10, priority=9)
+    for seed in range(20):
+        simulation.submit(seed=seed, num_inference_steps=10, priority=1)
+        simulation.turn(11)
+    simulation.run()
+    assert simulation.clock.now - patient.accepted > 200
+    assert promises(simulation, 75.0)
 
 
 # --- What is told ----------------------------------------------------------------------------------------------
