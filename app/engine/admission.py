@@ -69,7 +69,7 @@ def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> dict[
         batch = _fill(groups[size], size, costs)
         passes = min(left.steps for left in batch)
         clock += passes * costs.step(size, sum(left.rows for left in batch))
-        clock += costs.encode() * sum(left.image.stage is Stage.WAITING and not left.begun for left in batch)
+        clock += costs.join() * sum(left.image.stage is Stage.WAITING and not left.begun for left in batch)
         for left in batch:
             left.steps -= passes
             left.begun = True

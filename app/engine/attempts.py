@@ -165,6 +165,8 @@ class Attempts:
             self._largest = max(self._largest, *(image.size for image in images), 0)
         elif stage == "text_encode":
             self._costs.encoded(images, seconds)
+        elif stage == "begin":
+            self._costs.begun(images, seconds)
 
     def _budget(self, stage: str) -> Budget | None:
         return {"denoise_step": self.step_budget, "decode": self.decode_budget}.get(stage)

@@ -35,6 +35,8 @@ NO_GRAPHS = {"triton.cudagraph_capture_sizes": ()}
 """Of Inductor's options: run what was compiled without recording it."""
 REFUSAL = "fail_on_recompile"
 """How torch shall meet what it would have to compile anew, and a word of what it says then."""
+TRIES = 3
+"""Where several threads run what was compiled of one function, torch may by chance take it for unfit."""
 _warming = threading.Lock()
 """That is one for all threads of a process, so the workers of several GPUs warm one after the other."""
 
@@ -158,14 +160,15 @@ class Compiled:
         if shape in self._warm:
             # A graph holds for exact lengths, takes a second to record, and stays for ever.
             known = not self._graphs or exact in self._recorded
-            try:
-                with contextlib.nullcontext() if known else torch._inductor.config.patch(NO_GRAPHS):
-                    return self._run(args, kwargs)
-            except RuntimeError as error:
-                if REFUSAL not in str(error):
-                    raise
-                # What was compiled asks for more than the shape tells. It will each time.
-                self._warm.remove(shape)
+            for _ in range(TRIES):
+                try:
+                    with contextlib.nullcontext() if known else torch._inductor.config.patch(NO_GRAPHS):
+                        return self._run(args, kwargs)
+                except RuntimeError as error:
+                    if REFUSAL not in str(error):
+                        raise
+            # What was compiled asks for more than the shape tells. It will each time.
+            self._warm.remove(shape)
         self._compiler.unexpected += 1
         self._tell(shape)
         return self._as_written(*args, **kwargs)

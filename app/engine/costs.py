@@ -78,6 +78,7 @@ class Costs:
     _any_step: Line = field(default_factory=Line)
     _decode: Line = field(default_factory=Line)
     _encode: Line = field(default_factory=Line)
+    _begin: Line = field(default_factory=Line)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     # --- Measuring ---------------------------------------------------------------------------------------------
@@ -104,6 +105,10 @@ class Costs:
         with self._lock:
             self._encode.observe(sum(1 for _ in images), seconds)
 
+    def begun(self, images: Iterable[Image], seconds: float) -> None:
+        with self._lock:
+            self._begin.observe(sum(1 for _ in images), seconds)
+
     @property
     def measured(self) -> bool:
         return self._any_step.samples > 0
@@ -112,7 +117,7 @@ class Costs:
         """Whether anything of that stage, and for steps of that size, was measured."""
         if stage == "denoise_step":
             return size in self._steps
-        other = {"decode": self._decode, "text_encode": self._encode}
+        other = {"decode": self._decode, "text_encode": self._encode, "begin": self._begin}
         return stage in other and other[stage].samples > 0
 
     # --- Foretelling -------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ class Costs:
         if stage == "decode":
             return self.decode(sum(image.size for image in images))
         if stage != "denoise_step":
-            return self._encode(len(images))
+            return (self._begin if stage == "begin" else self._encode)(len(images))
         return self.step(images[0].size, sum(map(self.rows, images)))
 
     def step(self, size: int, rows: int) -> float:
@@ -140,6 +145,6 @@ class Costs:
         """Seconds of one decode."""
         return self._decode(pixels) if self._decode.samples else 0.0
 
-    def encode(self) -> float:
-        """Seconds that one more prompt takes."""
-        return self._encode.slope
+    def join(self) -> float:
+        """Seconds that one more image takes until its first step: of encoding its prompt and beginning its job."""
+        return self._encode.slope + self._begin.slope

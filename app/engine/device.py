@@ -42,7 +42,10 @@ def sending(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Inside, what the host makes for `device` gets there without the host waiting until the device has come to it.
 
     Schedulers draw noise and make small tables on the host, in the middle of steps. Sent as PyTorch does it, from
-    memory that may be paged out, each would wait for all that the device has still to do.
+    memory that may be paged out, each would wait for all that the device has still to do. So would the equations that
+    they solve on the device, which PyTorch wants to know solvable.
+
+    Not for modules: their weights would all be copied once more, and what is compiled is not known again inside.
     """
     return _Sending() if device.type == "cuda" else contextlib.nullcontext()
 
@@ -55,6 +58,8 @@ class _Sending(TorchFunctionMode):
             return made.pin_memory().to(kwargs["device"], non_blocking=True)
         if func is torch.Tensor.to and not args[0].is_cuda and any(map(_is_gpu, (*args[1:], kwargs.get("device")))):
             return func(args[0].pin_memory(), *args[1:], **{**kwargs, "non_blocking": True})
+        if func is torch.linalg.solve and args[0].is_cuda:
+            return torch.linalg.solve_ex(*args, **kwargs)[0]
         return func(*args, **kwargs)
 
 

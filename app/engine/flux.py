@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from app import images
 from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
-from app.engine.device import Pace, on_device
+from app.engine.device import Pace, on_device, sending
 from app.engine.family import Family
 from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
 from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
@@ -198,6 +198,9 @@ class FluxFamily(Family[FluxJob]):
         if self._requests.embeds_guidance:
             assert request.guidance_scale is not None
             guidance = torch.full([1], request.guidance_scale, device=self._device, dtype=torch.float32)
+        with sending(self._device):
+            sent = timesteps.to(device=self._device, dtype=dtype) / 1000
+            image_ids = self._pipeline._prepare_latent_image_ids(1, rows, columns, self._device, dtype)
         return FluxJob(
             request=request,
             num_steps=len(timesteps),
@@ -206,11 +209,11 @@ class FluxFamily(Family[FluxJob]):
             scheduler=scheduler,
             scheduler_timesteps=timesteps,
             step_options=schedulers.step_options(scheduler, generator, eta=0.0),
-            timesteps=timesteps.to(device=self._device, dtype=dtype) / 1000,
+            timesteps=sent,
             guidance=guidance,
             guided_steps=round(len(timesteps) * (1.0 if request.guidance_end is None else request.guidance_end)),
             true_cfg_scale=request.true_cfg_scale,
-            image_ids=self._pipeline._prepare_latent_image_ids(1, rows, columns, self._device, dtype),
+            image_ids=image_ids,
             kept=kept,
             loras=request.loras or (),
             reach=plan(timesteps.tolist(), self._optimization.step_cache) if self._leaves_out(request) else (),
@@ -229,28 +232,35 @@ class FluxFamily(Family[FluxJob]):
         channels = self._transformer.config.in_channels // 4
         shape = (1, channels, 2 * rows, 2 * columns)
         if request.image is None:
-            return self._pack(randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)), None
+            return self._pack(self._noise(shape, generator, dtype)), None
 
         assert not isinstance(request.image, bytes) and not isinstance(request.mask_image, bytes)
         assert request.height is not None and request.width is not None
         picture = self._vae.preprocess(request.image, request.height, request.width)
         image_latents = self._vae.encode(picture, generator, self._device, dtype)
-        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
-        latents = scheduler.scale_noise(image_latents, scheduler.timesteps[first_step(request)].reshape(1), noise)
+        noise = self._noise(shape, generator, dtype)
+        with sending(self._device):
+            latents = scheduler.scale_noise(image_latents, scheduler.timesteps[first_step(request)].reshape(1), noise)
         if request.mask_image is None:
             return self._pack(latents), None
 
         mask = self._inpaint.mask_processor.preprocess(
             images.to_pil(request.mask_image), height=request.height, width=request.width
         )
-        mask = torch.nn.functional.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
-        kept = Kept(
-            latents=self._pack(image_latents),
-            noise=self._pack(noise),
-            mask=self._pack(mask.repeat(1, channels, 1, 1)),
-            noise_levels=scheduler.sigmas.to(device=self._device, dtype=dtype),
-        )
+        with sending(self._device):
+            mask = torch.nn.functional.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
+            kept = Kept(
+                latents=self._pack(image_latents),
+                noise=self._pack(noise),
+                mask=self._pack(mask.repeat(1, channels, 1, 1)),
+                noise_levels=scheduler.sigmas.to(device=self._device, dtype=dtype),
+            )
         return self._pack(latents), kept
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        with sending(self._device):
+            noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+        return noise
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor = self._pipeline._pack_latents(latents, *latents.shape)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +46,8 @@ CUDNN_SINCE = 91501
 """Version from which cuDNN's attention is right for every length, and torch prefers it."""
 CUDNN_GPUS = (9, 10)
 """First numbers of the CUDA compute capabilities for which torch does. Source: ``sdp_utils.cpp`` of torch."""
+_attention = threading.RLock()
+"""Which kernel comes first is one for all threads of a process, and several GPUs have a thread each."""
 LOSSY_PARAMETERS = frozenset({"guidance_end"})
 """With which a request trades its picture for speed."""
 
@@ -103,7 +107,7 @@ class Optimization:
         if self.level == "off" or device.type != "cuda":
             return contextlib.nullcontext()
         compiling = compiler is not None and compiler.warming
-        return sdpa_kernel(PLANNED_ATTENTION if self.plans and compiling else ATTENTION, set_priority=True)
+        return _in_order(PLANNED_ATTENTION if self.plans and compiling else ATTENTION)
 
     def arrange(self, *parts: nn.Module | None) -> None:
         """Lay out the weights of convolutions as GPUs want them, pixels before channels."""
@@ -143,6 +147,12 @@ class Optimization:
             return tuple(range(1, most + 1))
         # What is compiled for two takes more, but for some operators only so many.
         return tuple(sorted({1, 2, most}))
+
+
+@contextlib.contextmanager
+def _in_order(kernels: list[SDPBackend]) -> Iterator[None]:
+    with _attention, sdpa_kernel(kernels, set_priority=True):
+        yield
 
 
 OFF = Optimization()

@@ -135,10 +135,11 @@ class SdxlFamily(Family[SdxlJob]):
         generator = torch.Generator().manual_seed(request.seed)
         dtype = conditioning.positive[self._base.name].hidden.dtype
         way = plan(request, self._base, self._refiner)
-        legs = [self._leg(stretch, request, conditioning, generator) for stretch in way]
-        if request.mask_image is not None:
-            for leg in legs:
-                leg.kept = self._kept(leg, dtype)
+        with sending(self._device):
+            legs = [self._leg(stretch, request, conditioning, generator) for stretch in way]
+            if request.mask_image is not None:
+                for leg in legs:
+                    leg.kept = self._kept(leg, dtype)
         latents, inpainting = self._latents(request, legs[0], generator, dtype)
         for leg in legs:
             schedulers.draw_on_host(leg.scheduler, latents, request.seed)
@@ -240,8 +241,7 @@ class SdxlFamily(Family[SdxlJob]):
         shape = (1, channels, request.height // self._factor, request.width // self._factor)
         scheduler = leg.scheduler
         if request.image is None:
-            noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
-            return noise * scheduler.init_noise_sigma, None
+            return self._noise(shape, generator, dtype) * scheduler.init_noise_sigma, None
 
         assert not isinstance(request.image, bytes) and not isinstance(request.mask_image, bytes)
         vae = leg.part.vae
@@ -250,11 +250,12 @@ class SdxlFamily(Family[SdxlJob]):
         if request.mask_image is not None:
             # In the layout that the stock pipeline makes of them; another takes kernels that round differently.
             image_latents = image_latents.contiguous()
-        noise = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+        noise = self._noise(shape, generator, dtype)
         if request.mask_image is not None and request.strength == 1:
             latents = noise * scheduler.init_noise_sigma
         else:
-            latents = scheduler.add_noise(image_latents, noise, leg.first_timestep)
+            with sending(self._device):
+                latents = scheduler.add_noise(image_latents, noise, leg.first_timestep)
         if request.mask_image is None:
             return latents, None
         mask = self._inpaint.mask_processor.preprocess(
@@ -262,9 +263,15 @@ class SdxlFamily(Family[SdxlJob]):
         )
         # Drawn also where no UNet asks for it, as the stock pipeline does: what follows has to meet the same numbers.
         masked_latents = vae.encode(picture * (mask < 0.5), generator, self._device, dtype)
-        small = F.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
+        with sending(self._device):
+            small = F.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
         nine = leg.part.unet.config.in_channels != channels
         return latents, Inpainting(small, image_latents, noise, masked_latents if nine else None)
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        with sending(self._device):
+            noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
+        return noise
 
     def _kept(self, leg: Leg, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Asked of the scheduler once for all steps, and before it has anything on the device: its own way there goes
@@ -352,9 +359,7 @@ class SdxlFamily(Family[SdxlJob]):
                     latents = self._keep_unmasked(job, latents, inpainting)
                 if inpainting is not None and hands_over:
                     # To the refiner, what the base has made so far is the picture.
-                    fresh = randn_tensor(
-                        latents.shape, generator=job.generator, device=self._device, dtype=latents.dtype
-                    )
+                    fresh = self._noise(latents.shape, job.generator, latents.dtype)
                     inpainting = Inpainting(inpainting.mask, latents, fresh, None)
         except BaseException:
             job.generator.set_state(drawn)

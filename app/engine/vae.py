@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 
+from app.engine.device import sending
 from app.errors import GenerationFailed
 from app.generation import Pixels
 from app.images import to_pil
@@ -64,8 +65,11 @@ class Vae:
             device: where the latents are wanted.
             dtype: theirs; the autoencoder computes in its own.
         """
-        posterior = self.module.encode(image.to(device=device, dtype=self.module.dtype)).latent_dist
-        latents: torch.Tensor = posterior.sample(generator).to(dtype)
+        with sending(device):
+            image = image.to(device=device, dtype=self.module.dtype)
+        posterior = self.module.encode(image).latent_dist
+        with sending(device):
+            latents: torch.Tensor = posterior.sample(generator).to(dtype)
         mean, deviation = self._normal(latents)
         factor = self.module.config.scaling_factor
         shift = self.module.config.shift_factor
@@ -96,11 +100,6 @@ class Vae:
         Raises:
             GenerationFailed: the latents are not finite, or the picture is not, in float32 either.
         """
-        if not torch.isfinite(latents).all():
-            raise GenerationFailed(
-                "The denoising went out of bounds (numbers that are not finite); take another scheduler, more steps or "
-                "less guidance, or serve the model with another dtype."
-            )
         with self._tiles(tiled):
             compiled = None if self.module.use_tiling or self.module.use_slicing else self._compiled
             pixels = self._pixels(latents, compiled or self.module.decode)
@@ -120,11 +119,19 @@ class Vae:
     ) -> np.ndarray | None:
         """The picture, or ``None`` where half precision has spoilt it."""
         image = decode(self._unscale(latents.to(self.module.dtype)), return_dict=False)[0]
-        if not torch.isfinite(image).all():
-            return None
+        are_finite = torch.stack([torch.isfinite(each).all() for each in (latents, image)])
         # As VaeImageProcessor rounds, without the detour over floats in numpy and PIL.
         image = (image * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
         pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()
+        # Not before the pixels are here: whoever asks has to wait for the device.
+        latents_are_finite, image_is_finite = are_finite.tolist()
+        if not latents_are_finite:
+            raise GenerationFailed(
+                "The denoising went out of bounds (numbers that are not finite); take another scheduler, more steps or "
+                "less guidance, or serve the model with another dtype."
+            )
+        if not image_is_finite:
+            return None
         if (black_is_bad or self.module.dtype in HALF) and not pixels.any(axis=(1, 2, 3)).all():
             return None
         return pixels

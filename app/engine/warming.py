@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from app.engine.compiled import Compiler
@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 PROMPTS = ("", "(weighted:1.1) words")
 """What has weights is read in another way."""
+LONG_PROMPTS = ("a " * 100,)
+"""Of twice as many tokens. What is compiled takes any number of them, but for attention that makes plans, which wants
+to have met each. Longer ones are rare."""
 STEPS = 2
 
 
@@ -38,6 +41,8 @@ def warm(
         InvalidRequest: the model cannot paint one of the sizes.
         OutOfMemory: the device cannot hold a single row.
     """
+    # FLUX reads as many tokens of every prompt.
+    longer = optimization.plans and "max_sequence_length" not in family.parameters
     with compiler.warm():
         for width, height in optimization.sizes or (own_size,):
             for rows in optimization.row_counts(width * height, compiler.graphs):
@@ -45,7 +50,9 @@ def warm(
                 report(f"compiling for {what}")
                 try:
                     for _ in range(compiler.runs):
-                        _paint(family, width, height, rows)
+                        _paint(family, width, height, rows, PROMPTS)
+                        if longer:
+                            _paint(family, width, height, rows, LONG_PROMPTS)
                 except OutOfMemory:
                     if rows == 1:
                         raise
@@ -54,14 +61,14 @@ def warm(
                     break
 
 
-def _paint(family: Family[Any], width: int, height: int, rows: int) -> None:
+def _paint(family: Family[Any], width: int, height: int, rows: int, prompts: Sequence[str]) -> None:
     # Without guidance, so that each image brings one row.
     size: dict[str, Any] = {"width": width, "height": height}
     if "denoising_limit" in family.parameters:
         size["denoising_limit"] = 0.5  # a step for the base and one for the refiner, however they are spaced
     asked = [
         GenerateRequest(
-            prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, num_inference_steps=STEPS, guidance_scale=1.0, **size
+            prompt=prompts[seed % len(prompts)], seed=seed, num_inference_steps=STEPS, guidance_scale=1.0, **size
         )
         for seed in range(rows)
     ]

@@ -20,7 +20,6 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-from app.engine import fp8
 from app.engine.adapters import Adapters
 from app.engine.compiled import Compiled, Compiler
 from app.engine.family import Family
@@ -189,6 +188,26 @@ def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_
             assert (graphs(), compiler.unexpected) == (before, count)
 
 
+@pytest.mark.parametrize(("misses", "counted"), [(1, 0), (2, 0), (1000, 1)])
+def test_what_torch_takes_for_unfit_by_chance_is_tried_again(misses: int, counted: int) -> None:
+    """As it does where two threads run what was compiled of one function."""
+    compiler, calls = Compiler("eager"), 0
+
+    def compiled(rows: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if 1 < calls <= 1 + misses:
+            raise RuntimeError("Detected recompile when torch.compile stance is 'fail_on_recompile'.")
+        return rows * 2
+
+    run = Compiled(compiler, lambda rows: rows * 2, compiled, {}, graphs=False)
+    with torch.inference_mode():
+        with compiler.warm():
+            run(torch.ones(2, 4))
+        assert torch.equal(run(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+    assert compiler.unexpected == counted
+
+
 def test_as_many_rows_as_there_are_positions_are_no_other_shape() -> None:
     torch.compiler.reset()
     compiler = Compiler("eager")
@@ -243,6 +262,53 @@ def test_attention_has_plans_in_what_is_compiled_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
     assert not choose_optimization(Settings(optimize="compile"), gpu).plans, "wrong for some lengths"
+
+
+def test_threads_do_not_disturb_each_others_order_of_attention() -> None:
+    def order() -> list[SDPBackend]:
+        return list(_cur_sdpa_kernel_backends(with_priority=True))
+
+    before, seen, gpu = order(), [], torch.device("cuda")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with Optimization("safe").attention(gpu):
+            inside.set()
+            go_on.wait(10)
+            seen.append(order()[0])
+
+    def second() -> None:
+        with Optimization("safe").attention(gpu):
+            go_on.set()
+            one.join(0.2)
+            seen.append(order()[0])
+
+    one, two = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    inside.wait(10)
+    two.start()
+    two.join(0.2)
+    go_on.set()
+    one.join()
+    two.join()
+    assert seen == [SDPBackend.FLASH_ATTENTION] * 2
+    assert order() == before
+
+
+@pytest.mark.parametrize("plans", [False, True])
+def test_attention_that_makes_plans_has_met_long_prompts(plans: bool) -> None:
+    optimization = Optimization("compile", ((64, 64),), most_rows=2, plans=plans, backend="eager")
+    family = SdxlFamily(load_demo(), optimization=optimization)
+    begin, met = family.begin, set()
+
+    def noting(*given: Any) -> Any:
+        job = begin(*given)
+        met.add(job.leg.embeddings.shape[1])
+        return job
+
+    family.begin = noting  # type: ignore[method-assign]
+    family.warm(lambda _: None)
+    assert met == ({77, 154} if plans else {77})
 
 
 def test_errors_of_what_was_compiled_are_told_as_they_are() -> None:
@@ -421,6 +487,8 @@ def test_eight_bit_layers_are_near_those_in_full_and_take_what_is_large() -> Non
     layers = dict(unet.named_modules())
     assert count == sum(isinstance(layer, Fp8Linear) for layer in layers.values()) > 20
     assert isinstance(layers["time_embedding.linear_1"], nn.Linear)
+    kinds = {name.partition("attn")[2]: type(layer) for name, layer in layers.items() if "attn" in name}
+    assert kinds["2.to_q"] is kinds["1.to_k"] is Fp8Linear and kinds["2.to_k"] is kinds["2.to_v"] is nn.Linear
 
 
 def test_eight_bit_products_are_tried_before_they_are_used(
@@ -428,7 +496,7 @@ def test_eight_bit_products_are_tried_before_they_are_used(
 ) -> None:
     cpu = torch.device("cpu")
     assert works(cpu) and not has_fp8(cpu)
-    product = fp8.F.scaled_mm
+    product = torch._scaled_mm
 
     def missing(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("Rowwise scaling is not currently supported on your device.\nException raised from ...")
@@ -437,7 +505,7 @@ def test_eight_bit_products_are_tried_before_they_are_used(
         return product(*arguments, **options) * float("nan")
 
     for broken, complaint in ((missing, "(Rowwise scaling is not currently supported on your device)"), (wrong, "nan")):
-        monkeypatch.setattr(fp8.F, "scaled_mm", broken)
+        monkeypatch.setattr(torch, "_scaled_mm", broken)
         with caplog.at_level(logging.WARNING):
             assert not works(cpu)
         assert complaint in caplog.messages.pop()

@@ -82,6 +82,8 @@ def test_what_goes_wrong_on_a_gpu_goes_wrong(gpu: Gpu) -> None:
         (True, lambda here: bool(here[0] > 0)),
         (True, lambda here: here.cpu()),
         (True, lambda here: here[here > 0]),
+        (True, lambda here: torch.linalg.solve(here.diag(), here)),
+        (False, lambda here: torch.linalg.solve_ex(here.diag(), here)),
         (True, lambda here: torch.ones(2).to(DEVICE)),
         (True, lambda here: torch.ones(2).to(DEVICE, non_blocking=True)),
         (False, lambda here: torch.ones(2).pin_memory().to(DEVICE, non_blocking=True)),

@@ -54,14 +54,18 @@ def sdxl_on_a_gpu() -> Family[Any]:
 
 def run(gpu: Gpu, family: Family[Any], **parameters: Any) -> None:
     """Two requests side by side, the second of which comes a step later."""
-    jobs = [begun(family, num_inference_steps=steps, **parameters) for steps in (4, 5)]
+    requests = [resolved(family, num_inference_steps=steps, **COMMON, **parameters) for steps in (4, 5)]
+    conditionings = family.encode_all(requests)
     gpu.waits.clear()
+    jobs = [family.begin(*each) for each in zip(requests, conditionings, strict=True)]
     family.step(jobs[:1])
     while left := [job for job in jobs if not job.done]:
         together = [job for job in left if family.signature(job) == family.signature(left[0])]
         family.step(together)
     assert gpu.waits == []
     assert all(type(job.latents) is GpuTensor for job in jobs)
+    family.decode(jobs)
+    assert [wait.rpartition(" in ")[0] for wait in gpu.waits] == ["reads a tensor"] * 2
 
 
 @pytest.mark.parametrize("scheduler", NAMES)
