@@ -14,8 +14,8 @@ from app.sentences import counted, in_seconds
 
 LONGEST_WAIT = 600
 """Seconds that nobody is told to wait longer than."""
-FIRST_CAUTION = 2.0
-LEAST_CAUTION, MOST_CAUTION = 1.5, 3.0
+FIRST_CAUTION = 2.5
+LEAST_CAUTION, MOST_CAUTION = 1.5, 4.0
 CAUTION_HALF_LIFE = 600.0
 """Seconds in which half of what was learned is forgotten."""
 LEAST_FORESEEN = 1.0

@@ -213,15 +213,13 @@ def overload(simulation: Simulation, family: Timed, seed: int, slowdown: float =
     return len(accepted), len(late)
 
 
-@pytest.mark.parametrize(("slowdown", "one_in"), [(1.0, 100), (1.3, 100), (1.6, 50)])
+@pytest.mark.parametrize("slowdown", [1.0, 1.3, 1.6])
 @pytest.mark.parametrize("seed", range(5))
-def test_at_three_times_the_capacity_whoever_is_accepted_meets_its_deadline(
-    seed: int, slowdown: float, one_in: int
-) -> None:
+def test_at_three_times_the_capacity_whoever_is_accepted_meets_its_deadline(seed: int, slowdown: float) -> None:
     simulation, family = measured(max_batch_size=4, max_queue=64)
     accepted, late = overload(simulation, family, seed, slowdown)
     # The rest is an estimate: who comes later, and how passes fill up, is not known when a promise is given.
-    assert late <= accepted / one_in
+    assert late <= accepted / 100
 
 
 def promises(simulation: Simulation, seconds: float) -> bool:
@@ -240,15 +238,15 @@ def promises(simulation: Simulation, seconds: float) -> bool:
 
 def test_promises_are_kept_more_carefully_where_they_were_broken_until_that_is_long_ago() -> None:
     simulation, family = measured(max_batch_size=1)
-    assert promises(simulation, 100.0) and not promises(simulation, 75.0)
+    assert promises(simulation, 125.0) and not promises(simulation, 100.0)
     simulation.clock.now += 4 * 3600
     assert promises(simulation, 75.0)
-    family.fixed, family.decoding = 3 * family.fixed, 3 * family.decoding
+    family.fixed, family.decoding = 4 * family.fixed, 4 * family.decoding
     promises(simulation, 1e6)
-    family.fixed, family.decoding = family.fixed / 3, family.decoding / 3
+    family.fixed, family.decoding = family.fixed / 4, family.decoding / 4
     for _ in range(3):
         promises(simulation, 1e6)
-    assert not promises(simulation, 110.0) and promises(simulation, 140.0)
+    assert not promises(simulation, 125.0) and promises(simulation, 190.0)
     simulation.clock.now += 4 * 3600
     assert promises(simulation, 75.0)
 
