@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
 from app.errors import OutOfMemory
@@ -48,6 +49,19 @@ def sending(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     Not for modules: their weights would all be copied once more, and what is compiled is not known again inside.
     """
     return _Sending() if device.type == "cuda" else contextlib.nullcontext()
+
+
+def draw_noise(
+    shape: Sequence[int], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Normal noise of `shape` on `device`, drawn on the host: a seed means the same picture on every device.
+
+    Args:
+        generator: of the host.
+    """
+    with sending(device):
+        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    return noise
 
 
 class _Sending(TorchFunctionMode):

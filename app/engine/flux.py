@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import FluxInpaintPipeline, FluxPipeline
-from diffusers.utils.torch_utils import randn_tensor
 
 from app import images
 from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
-from app.engine.device import Pace, on_device, sending
+from app.engine.device import Pace, draw_noise, on_device, sending
 from app.engine.family import Family
 from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
 from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
@@ -190,7 +189,6 @@ class FluxFamily(Family[FluxJob]):
         assert request.seed is not None and request.true_cfg_scale is not None
         rows, columns = self._grid(request)
         dtype = conditioning.positive.hidden.dtype
-        # The noise comes from the CPU, so that a seed means the same picture on every device.
         generator = torch.Generator().manual_seed(request.seed)
         scheduler, timesteps = self._schedulers.begin(request, rows * columns)
         latents, kept = self._start(request, scheduler, generator, dtype)
@@ -232,13 +230,13 @@ class FluxFamily(Family[FluxJob]):
         channels = self._transformer.config.in_channels // 4
         shape = (1, channels, 2 * rows, 2 * columns)
         if request.image is None:
-            return self._pack(self._noise(shape, generator, dtype)), None
+            return self._pack(draw_noise(shape, generator, self._device, dtype)), None
 
         assert not isinstance(request.image, bytes) and not isinstance(request.mask_image, bytes)
         assert request.height is not None and request.width is not None
         picture = self._vae.preprocess(request.image, request.height, request.width)
         image_latents = self._vae.encode(picture, generator, self._device, dtype)
-        noise = self._noise(shape, generator, dtype)
+        noise = draw_noise(shape, generator, self._device, dtype)
         with sending(self._device):
             latents = scheduler.scale_noise(image_latents, scheduler.timesteps[first_step(request)].reshape(1), noise)
         if request.mask_image is None:
@@ -256,11 +254,6 @@ class FluxFamily(Family[FluxJob]):
                 noise_levels=scheduler.sigmas.to(device=self._device, dtype=dtype),
             )
         return self._pack(latents), kept
-
-    def _noise(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-        with sending(self._device):
-            noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
-        return noise
 
     def _pack(self, latents: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor = self._pipeline._pack_latents(latents, *latents.shape)

@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
-from diffusers.utils.torch_utils import randn_tensor
 
 from app import images
 from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
-from app.engine.device import Pace, on_device, sending
+from app.engine.device import Pace, draw_noise, on_device, sending
 from app.engine.family import Family
 from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
 from app.engine.prompts import Embedding
@@ -232,16 +231,13 @@ class SdxlFamily(Family[SdxlJob]):
     def _latents(
         self, request: GenerateRequest, leg: Leg, generator: torch.Generator, dtype: torch.dtype
     ) -> tuple[torch.Tensor, Inpainting | None]:
-        """``[1, c, h / 8, w / 8]``; random numbers are drawn in the order of the stock pipelines.
-
-        Noise comes from the CPU, so that a seed means the same picture on every device.
-        """
+        """``[1, c, h / 8, w / 8]``; random numbers are drawn in the order of the stock pipelines."""
         assert request.height and request.width
         channels = leg.part.vae.module.config.latent_channels
         shape = (1, channels, request.height // self._factor, request.width // self._factor)
         scheduler = leg.scheduler
         if request.image is None:
-            return self._noise(shape, generator, dtype) * scheduler.init_noise_sigma, None
+            return draw_noise(shape, generator, self._device, dtype) * scheduler.init_noise_sigma, None
 
         assert not isinstance(request.image, bytes) and not isinstance(request.mask_image, bytes)
         vae = leg.part.vae
@@ -250,7 +246,7 @@ class SdxlFamily(Family[SdxlJob]):
         if request.mask_image is not None:
             # In the layout that the stock pipeline makes of them; another takes kernels that round differently.
             image_latents = image_latents.contiguous()
-        noise = self._noise(shape, generator, dtype)
+        noise = draw_noise(shape, generator, self._device, dtype)
         if request.mask_image is not None and request.strength == 1:
             latents = noise * scheduler.init_noise_sigma
         else:
@@ -267,11 +263,6 @@ class SdxlFamily(Family[SdxlJob]):
             small = F.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
         nine = leg.part.unet.config.in_channels != channels
         return latents, Inpainting(small, image_latents, noise, masked_latents if nine else None)
-
-    def _noise(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-        with sending(self._device):
-            noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._device, dtype=dtype)
-        return noise
 
     def _kept(self, leg: Leg, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Asked of the scheduler once for all steps, and before it has anything on the device: its own way there goes
@@ -359,7 +350,7 @@ class SdxlFamily(Family[SdxlJob]):
                     latents = self._keep_unmasked(job, latents, inpainting)
                 if inpainting is not None and hands_over:
                     # To the refiner, what the base has made so far is the picture.
-                    fresh = self._noise(latents.shape, job.generator, latents.dtype)
+                    fresh = draw_noise(latents.shape, job.generator, self._device, latents.dtype)
                     inpainting = Inpainting(inpainting.mask, latents, fresh, None)
         except BaseException:
             job.generator.set_state(drawn)
