@@ -238,6 +238,25 @@ class Timed(Instant):
         return super().decode(jobs, tiled)
 
 
+class RunsAhead(Timed):
+    """Its device is a step behind, as a GPU is, and whoever wants something of it waits."""
+
+    behind = 0.0
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        started = self.clock.now
+        super().step(jobs)
+        self.behind, self.clock.now = self.clock.now - started, started + self.behind
+
+    def catch_up(self) -> None:
+        self.clock.now += self.behind
+        self.behind = 0.0
+
+    def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
+        self.catch_up()
+        return super().decode(jobs, tiled)
+
+
 class WholeJobs(Timed):
     """Moves weights between its stages, and notes the stages in their order."""
 

@@ -101,3 +101,8 @@ class Pace:
         self._last.record(torch.cuda.current_stream(self._device))
         if before is not None:
             before.synchronize()
+
+    def catch_up(self) -> None:
+        """Until the last pass is done."""
+        if self._last is not None:
+            self._last.synchronize()

@@ -166,6 +166,9 @@ class Family(abc.ABC, Generic[J]):
     def close(self) -> None:
         """Called when nothing will be done any more, and everything went well."""
 
+    def catch_up(self) -> None:
+        """Wait for the device to be done with the last step, which may go on when `step` has returned."""
+
     @abc.abstractmethod
     def decode(self, jobs: Sequence[J], tiled: bool = False) -> np.ndarray:
         """The pictures of `jobs`, which share a signature: uint8 ``[n, h, w, 3]``, RGB.

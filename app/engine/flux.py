@@ -326,6 +326,9 @@ class FluxFamily(Family[FluxJob]):
         job.scheduler, job.latents = scheduler, latents
         job.step_index += 1
 
+    def catch_up(self) -> None:
+        self._pace.catch_up()
+
     # --- decode ------------------------------------------------------------------------------------------------
 
     @on_device

@@ -373,6 +373,9 @@ class SdxlFamily(Family[SdxlJob]):
         mixed: torch.Tensor = (1 - inpainting.mask) * kept + inpainting.mask * latents
         return mixed
 
+    def catch_up(self) -> None:
+        self._pace.catch_up()
+
     # --- decode ------------------------------------------------------------------------------------------------
 
     @on_device

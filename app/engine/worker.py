@@ -109,6 +109,7 @@ class Worker:
             started = self._clock()
             while not job.done:
                 self.family.step([job])
+            self.family.catch_up()
             seconds = (self._clock() - started) / job.num_steps
             if seconds > SLOW_FIRST_STEP:
                 break

@@ -15,7 +15,7 @@ from app.engine.queue import KEPT_OUTCOMES, RequestState
 from app.engine.ticket import Image, Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
 from app.generation import GenerateRequest, Preview, Progress
-from tests.fakes import Clock, Timed, WholeJobs
+from tests.fakes import Clock, RunsAhead, Timed, WholeJobs
 from tests.simulation import Simulation, places_taken
 
 
@@ -46,6 +46,18 @@ def test_passes_of_one_load_promise_no_gain_from_sharing() -> None:
     for _ in range(5):
         line.observe(2, 1.0)
     assert line(4) == pytest.approx(2.0) and line.fixed == 0
+
+
+@pytest.mark.parametrize("kind", [Timed, RunsAhead])
+def test_the_first_picture_tells_what_the_next_ones_will_take(kind: type[Timed]) -> None:
+    clock = Clock()
+    simulation = Simulation(kind(clock), clock=clock)
+    simulation.workers[0].load(warm_up=True)
+    started = clock.now
+    simulation.submit(num_inference_steps=10, guidance_scale=5.0)
+    expected = simulation.queue.seconds()
+    simulation.run()
+    assert clock.now - started == pytest.approx(expected) == pytest.approx(10 * 1.2 + 0.5)
 
 
 def test_a_line_forgets_what_was_long_ago() -> None:
