@@ -85,8 +85,10 @@ class Vae:
         mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or deviation is None:
             return None, None
-        view = (1, -1, 1, 1)
-        return like.new_tensor(mean).view(view), like.new_tensor(deviation).view(view)
+        with sending(like.device):
+            both = torch.tensor([mean, deviation], dtype=like.dtype, device=like.device)
+        mean, deviation = both[:, None, :, None, None]
+        return mean, deviation
 
     # --- Latents to pixels -------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from app.engine.sdxl import SdxlFamily
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, Pixels
 from tests.integration.stock import mask, ours, picture, theirs
+from tests.small_models import load_demo
 
 PROMPT = "a red circle on a white background"
 
@@ -36,6 +37,20 @@ def inpaint(stock: StableDiffusionXLPipeline) -> StableDiffusionXLInpaintPipelin
     pipeline = StableDiffusionXLInpaintPipeline(**stock.components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_an_autoencoder_whose_latents_have_a_mean_and_a_deviation_equals_the_stock_call() -> None:
+    pipeline = load_demo()
+    channels = pipeline.vae.config.latent_channels
+    pipeline.vae.register_to_config(latents_mean=[0.1] * channels, latents_std=[1.3] * (channels - 1) + [0.8])
+    family = SdxlFamily(pipeline)
+    img2img = StableDiffusionXLImg2ImgPipeline(**pipeline.components)
+    for stock, more in ((pipeline, {}), (img2img, {"image": picture(), "strength": 0.6})):
+        stock.set_progress_bar_config(disable=True)
+        common = {"prompt": PROMPT, "num_inference_steps": 4, **more}
+        found = ours(family, seed=3, **common)
+        assert np.array_equal(found, theirs(stock, 3, **common))
+        assert not np.array_equal(found, ours(SdxlFamily(load_demo()), seed=3, **common))
 
 
 @pytest.mark.parametrize("seed", [0, 3])

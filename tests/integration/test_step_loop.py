@@ -89,6 +89,12 @@ def test_no_step_of_other_tasks_waits_for_the_device(
     run(gpu, sdxl_on_a_gpu, **parameters)
 
 
+def test_an_autoencoder_whose_latents_have_a_mean_makes_nobody_wait(gpu: Gpu) -> None:
+    family: Any = load_family(Settings(model_id="demo", device="cuda"))
+    family._base.vae.module.register_to_config(latents_mean=[0.1] * 4, latents_std=[1.3] * 4)
+    run(gpu, family, image=picture(), strength=0.8)
+
+
 @pytest.mark.parametrize("step_cache", [1, 2])
 @pytest.mark.parametrize(
     "parameters", [{}, {"scheduler": "Heun"}, {"image": picture(), "mask_image": mask(), "strength": 0.9}]
