@@ -458,10 +458,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, field in Settings.model_fields.items():
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        # A flag for a boolean may stand alone; one for several values may be repeated.
+        # A flag for a boolean may stand alone; one for several values takes them in a row, and may be repeated.
         extra: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         if _repeatable(field):
-            extra = {"action": "append"}
+            extra = {"action": "extend", "nargs": "+"}
         default = "unset" if field.default in (None, ()) else field.default
         text = f"{field.description} (default: {default})".replace("%", "%%")
         parser.add_argument(*flags, dest=name, metavar=_metavar(field), help=text, **extra)

@@ -70,6 +70,18 @@ def test_what_may_be_unset_is_unset_by_nothing_and_by_none(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--warm_sizes", "64x64,96x64"],
+        ["--warm_sizes", "64x64", "96x64"],
+        ["--warm_sizes", "64x64", "--http_port", "9000", "--warm_sizes=96x64"],
+    ],
+)
+def test_several_values_are_given_as_people_give_them(arguments: list[str]) -> None:
+    assert load(*arguments).warm_sizes == ("64x64", "96x64")
+
+
+@pytest.mark.parametrize(
     ("flag", "value", "says"),
     [
         ("--model_type", "sd15", "must be one of auto, sdxl, flux"),
