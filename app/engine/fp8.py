@@ -30,7 +30,7 @@ MOST_ERROR = 0.1
 """‖out − reference‖ / ‖reference‖ above which a kernel is broken; 8 bits give 0.04."""
 LEFT_OUT = ("norm", "emb", "attn2.to_k", "attn2.to_v")
 """Parts of the names of layers that stay as they are: those are small, and what the first say steers all others. The
-last read the prompt, whose few tokens take longer to round than to multiply."""
+last read the prompt, which has few tokens: little to gain, and each of them would round it anew."""
 
 
 class Fp8Linear(nn.Module):

@@ -193,7 +193,7 @@ def test_nobody_is_let_in_who_would_make_another_one_late() -> None:
     assert promised.future.exception(0) is None
 
 
-def overload(simulation: Simulation, family: Timed, seed: int, slowdown: float = 1.0) -> tuple[int, int]:
+def overload(simulation: Simulation, family: Timed, seed: int, slowdown: float) -> tuple[int, int]:
     """Three times too many requests with deadlines, on a device that is slower for 40 of every 240 seconds.
 
     Returns:
@@ -220,7 +220,7 @@ def overload(simulation: Simulation, family: Timed, seed: int, slowdown: float =
             assert 1 <= error.retry_after <= 600
     simulation.run()
     late = [ticket for ticket in accepted if ticket.future.exception(0) is not None]
-    assert refused > 200 and len(accepted) > 90
+    assert refused > 200 and len(accepted) > 100
     simulation.assert_empty()
     return len(accepted), len(late)
 
