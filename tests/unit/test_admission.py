@@ -15,7 +15,7 @@ from app.engine.queue import KEPT_OUTCOMES, RequestState
 from app.engine.ticket import Image, Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
 from app.generation import GenerateRequest, Preview, Progress
-from tests.fakes import Clock, RunsAhead, Timed, WholeJobs
+from tests.fakes import Clock, FakeJob, RunsAhead, Timed, WholeJobs
 from tests.simulation import Simulation, places_taken
 
 
@@ -121,6 +121,23 @@ def test_what_images_take_together_is_known_after_a_few_passes() -> None:
         simulation.run()
         assert simulation.clock.now - started == pytest.approx(estimate, rel=0.1)
         assert all(ticket.over for ticket in tickets)
+
+
+def test_what_comes_before_the_first_step_is_known_too() -> None:
+    """As an image to start from, which is encoded there."""
+
+    class BeginsSlowly(Timed):
+        def begin(self, *given: Any) -> FakeJob:
+            self.clock.now += 2.0
+            return super().begin(*given)
+
+    clock = Clock()
+    simulation = Simulation(BeginsSlowly(clock), clock=clock)
+    for _ in range(2):
+        simulation.submit(num_inference_steps=10)
+        started, estimate = clock.now, simulation.queue.seconds()
+        simulation.run()
+    assert clock.now - started == pytest.approx(estimate) == pytest.approx(2.0 + 10 * 1.1 + 0.5)
 
 
 # --- Places and seconds ----------------------------------------------------------------------------------------
