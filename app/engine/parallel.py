@@ -74,7 +74,8 @@ class Parallel:
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks = ranks
         self._device = device
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # By device: diffusers looks for "cpu" in it, and without takes for granted that a torch with CUDA has a GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
         # Over the network alone, so that who waits here does not keep a GPU busy.
         self._control = dist.new_group(backend="gloo", timeout=FOR_EVER)
         self._transformer: Any = None
