@@ -138,6 +138,7 @@ class Instruments:
         pixels: when the last pictures were there, on the clock of `time.perf_counter`.
         recorded: what the first image goes through, where somebody wants to know.
         forced: whose conditioning and latents every step starts from, instead of its own.
+        noise: whose first latents the first step starts from: not every torch draws the same in every dtype.
     """
 
     def __init__(self, family: Family[Any], device: torch.device) -> None:
@@ -155,6 +156,7 @@ class Instruments:
         self.pixels = 0.0
         self.recorded: Trajectory | None = None
         self.forced: Trajectory | None = None
+        self.noise: Trajectory | None = None
 
     def seconds(self) -> dict[str, list[float]]:
         """Of every call, by stage; of a GPU's own time."""
@@ -188,8 +190,9 @@ class Instruments:
         self.rows = max(self.rows, sum(map(self._family.rows, jobs)))
         self.passes.update(part_of(job) for job in jobs)
         job = jobs[0]
-        if self.forced is not None:
-            job.latents = _moved(self.forced.latents[job.step_index], job.latents.device, job.latents.dtype)
+        source = self.forced or (self.noise if job.step_index == 0 else None)
+        if source is not None:
+            job.latents = _moved(source.latents[job.step_index], job.latents.device, job.latents.dtype)
         if self.recorded is not None:
             self.recorded.latents.append(_moved(job.latents, torch.device("cpu"), torch.float32))
 
@@ -361,16 +364,19 @@ class Engine:
         self.instruments.reset()
         return self._paint(requests)
 
-    def follow(self, request: GenerateRequest, forced: Trajectory | None = None) -> Trajectory:
+    def follow(
+        self, request: GenerateRequest, *, forced: Trajectory | None = None, noise: Trajectory | None = None
+    ) -> Trajectory:
         """What one picture goes through.
 
         Args:
             request: the prompt and seed are its own.
             forced: see `Instruments`.
+            noise: likewise.
         """
         self.instruments.reset()
         recorded = self.instruments.recorded = Trajectory()
-        self.instruments.forced = forced
+        self.instruments.forced, self.instruments.noise = forced, noise
 
         def hear(prediction: torch.Tensor) -> None:
             recorded.predictions.append(_moved(prediction, torch.device("cpu"), torch.float32))

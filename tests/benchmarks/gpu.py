@@ -49,7 +49,14 @@ from tests.gpu.full_size import META, assemble, forward, make_components, make_m
 RESULTS = Path(__file__).parent / "results"
 STEP_CACHE = "step_cache"
 """No level of ``--optimize``, but measured as one: ``safe`` with ``--step_cache 2``."""
-LEVELS = ("off", "safe", "compile", "max", STEP_CACHE)
+GUIDANCE_END = "guidance_end"
+"""Likewise: ``max``, with requests whose ``guidance_end`` is `END_OF_GUIDANCE`."""
+END_OF_GUIDANCE = 0.5
+LEVELS = ("off", "safe", "compile", "max", GUIDANCE_END, STEP_CACHE)
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    STEP_CACHE: {"optimize": "safe", "step_cache": 2},
+    GUIDANCE_END: {"optimize": "max"},
+}
 DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d?))?")
 UNFIT = "does not fit"
 FIRST_STEPS = 2
@@ -130,7 +137,8 @@ class Setup:
     backend: str = "inductor"
 
     def levels_of(self, model: Model) -> list[str]:
-        return [level for level in self.levels if level != STEP_CACHE or model.step_cache]
+        possible = {STEP_CACHE: model.step_cache, GUIDANCE_END: model.rows == 2}
+        return [level for level in self.levels if possible.get(level, True)]
 
     def cases(self, model: Model) -> list[Case]:
         """In the order of what they need."""
@@ -140,7 +148,7 @@ class Setup:
             (together, images) for images in sorted(self.images) if images > 1 or together not in alone
         ]
 
-    def request(self, model: Model, steps: int) -> GenerateRequest:
+    def request(self, model: Model, steps: int, level: str = "off") -> GenerateRequest:
         return GenerateRequest(
             prompt="a red star",
             seed=0,
@@ -148,12 +156,13 @@ class Setup:
             width=self.side,
             num_inference_steps=steps,
             denoising_limit=model.denoising_limit,
+            guidance_end=END_OF_GUIDANCE if level == GUIDANCE_END else None,
         )
 
     def settings(self, model: Model, level: str) -> Settings:
         """A server's own, but for how many rows it prepares for: no more than are measured."""
         rows = min(max(self.images) * model.rows, Settings().max_batch_size)
-        chosen: dict[str, Any] = {"optimize": "safe", "step_cache": 2} if level == STEP_CACHE else {"optimize": level}
+        chosen = SETTINGS.get(level, {"optimize": level})
         return Settings(**chosen, warm_sizes=(f"{self.side}x{self.side}",), max_batch_size=rows)
 
 
@@ -193,7 +202,7 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
     model = MODELS[name]
     levels = setup.levels_of(model)
     if not levels:
-        say(name, "nothing to measure: no step of it can be left out")
+        say(name, "nothing to measure: it has no such level")
         return
     steps = setup.cases(model)[0][0]
     truth = find_truth(model, setup, steps) if setup.differences else None
@@ -204,16 +213,20 @@ def measure(name: str, setup: Setup, results: Results, save: Callable[[], None])
         for level in levels:
             record: dict[str, Any] = {"model": name, "level": level}
             try:
-                engine = engines[level] = start(made, setup, setup.settings(model, level), setup.dtype)
+                # What ends guidance early is the request, so one engine does for both.
+                engine = engines.get("max") if level == GUIDANCE_END else None
+                if engine is None:
+                    engine = start(made, setup, setup.settings(model, level), setup.dtype)
+                    stack.callback(engine.close)
+                engines[level] = engine
             except Exception as error:
                 record["unavailable"] = why_not(error)
                 error.__traceback__ = None
                 free(setup.device)
                 forget(results["rows"], record, ("model", "level"))
             else:
-                stack.callback(engine.close)
                 record["warm_up"] = engine.warm_up
-                record |= differences(engine, setup.request(model, steps), truth)
+                record |= differences(engine, setup.request(model, steps, level), truth)
             say(name, level, record.get("unavailable") or f"ready after {record['warm_up']:.1f} s")
             keep(results["levels"], record, ("model", "level"))
             save()
@@ -270,7 +283,7 @@ def take_turns(engines: Mapping[str, Engine], setup: Setup, model: Model) -> Ite
                     continue
                 steps, images = case
                 # The first round is a short one, so that nobody pays for first times.
-                request = setup.request(model, min(steps, FIRST_STEPS) if round_ < 0 else steps)
+                request = setup.request(model, min(steps, FIRST_STEPS) if round_ < 0 else steps, level)
                 try:
                     wave = engines[level].paint(request, images)
                 except RuntimeFault as fault:
@@ -346,11 +359,11 @@ def full_precision() -> Iterator[None]:
 
 def differences(engine: Engine, request: GenerateRequest, truth: Trajectory | str | None) -> dict[str, Any]:
     """‖out − reference‖ / ‖reference‖: of the prediction in each step from the reference's own latents and embeddings,
-    and of the latents after the last step of the same request."""
+    and of the latents after the last step of the same request from the same noise."""
     if not isinstance(truth, Trajectory):
         return {} if truth is None else {"differences": f"float32: {truth}"}
     try:
-        forced, free = engine.follow(request, truth), engine.follow(request)
+        forced, free = engine.follow(request, forced=truth), engine.follow(request, noise=truth)
     except RuntimeFault as fault:
         return {"differences": why_not(fault)}
     return {

@@ -12,7 +12,14 @@ TITLES = {
     "flux-dev": "FLUX.1 dev",
     "flux-schnell": "FLUX.1 schnell",
 }
-COLOURS = {"off": "#9a9a9a", "safe": "#4c78a8", "compile": "#f2a33a", "max": "#b5322d", "step_cache": "#59935a"}
+COLOURS = {
+    "off": "#9a9a9a",
+    "safe": "#4c78a8",
+    "compile": "#f2a33a",
+    "max": "#b5322d",
+    "guidance_end": "#7a4b94",
+    "step_cache": "#59935a",
+}
 NOTHING = "–"
 
 Row = Mapping[str, Any]
@@ -38,8 +45,9 @@ def _note(results: Mapping[str, Any]) -> str:
         f"nothing but matrix products in {run['dtype']}, at the {rate} TFLOP/s that were measured for large ones. "
         "*difference*: ‖out − reference‖ / ‖reference‖ from float32: the median over the steps of that of the "
         "prediction, each from the reference's own latents and embeddings, and that of the latents after the last step "
-        "of the same request. *peak*: as if the level had the device for itself. `step_cache`: `safe` with "
-        "`--step_cache 2`, which leaves out a part of the work that the floor is of."
+        "of the same request from the same noise. *peak*: as if the level had the device for itself. `guidance_end`: "
+        "`max`, with requests that say `guidance_end: 0.5`; `step_cache`: `safe` with `--step_cache 2`. Both leave out "
+        "a part of the work that the floor is of."
     )
 
 

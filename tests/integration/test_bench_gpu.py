@@ -39,11 +39,11 @@ def read(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two pieces left their results: all models as they are, and one compiled."""
+    """Where two pieces left their results: all models as they are, and what one has besides."""
     folder = tmp_path_factory.mktemp("results")
     run(folder, "--levels", "off", "step_cache")
     # Machine code for a CPU takes minutes, and is nothing that this program measures.
-    run(folder, "--levels", "compile", "--model", "sdxl", "--backend", "eager")
+    run(folder, "--levels", "compile", "max", "guidance_end", "--model", "sdxl", "--backend", "eager")
     return folder
 
 
@@ -57,6 +57,8 @@ def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
     assert levels == [
         ("sdxl", "off"),
         ("sdxl", "compile"),
+        ("sdxl", "max"),
+        ("sdxl", "guidance_end"),
         ("sdxl-refiner", "off"),
         ("flux-dev", "off"),
         ("flux-dev", "step_cache"),
@@ -65,7 +67,7 @@ def test_pieces_make_one_whole(results: dict[str, Any]) -> None:
     assert [(row["model"], row["level"], row["steps"], row["images"]) for row in results["rows"]] == [
         (model, level, STEPS[model], images) for model, level in levels for images in (1, 2)
     ]
-    assert [each["levels"] for each in results["runs"]] == [["off", "step_cache"], ["compile"]]
+    assert [each["levels"] for each in results["runs"]] == [["off", "step_cache"], ["compile", "max", "guidance_end"]]
 
 
 def test_every_row_has_figures_that_can_be(results: dict[str, Any]) -> None:
@@ -91,6 +93,11 @@ def test_levels_say_how_far_they_are_from_float32(results: dict[str, Any]) -> No
             assert [i for i, difference in enumerate(level["predictions"]) if difference > 1e-4] == [2, 4, 6]
             assert 0 < level["latents"] < 0.1
             continue
+        if level["level"] == "guidance_end":
+            # The second of two steps goes without guidance, and the latents show it.
+            guided, unguided = level["predictions"]
+            assert guided < 1e-3 < unguided and level["latents"] > 1e-3
+            continue
         most = 0.0 if level["level"] == "off" else 1e-3
         assert max(*level["predictions"], level["latents"]) <= most, level
 
@@ -115,11 +122,11 @@ def test_a_level_that_this_machine_has_no_compiler_for_is_said_to_be_absent(tmp_
 @pytest.mark.parametrize(
     ("flags", "sentence", "absent"),
     [
-        # Few steps, none of which the cache leaves out.
-        (("--model", "flux-schnell", "--levels", "step_cache"), "no step of it can be left out", []),
+        # Few steps, none of which the cache leaves out; and nothing that guides.
+        (("--model", "flux-schnell", "--levels", "step_cache", "guidance_end"), "it has no such level", []),
         (("--model", "sdxl", "--levels", "compile", "max"), "none of these levels is to be had", ["compile", "max"]),
     ],
-    ids=["no-steps-to-leave-out", "no-compiler"],
+    ids=["no-such-level", "no-compiler"],
 )
 def test_where_nothing_can_be_measured_it_says_so_and_the_table_is_written(
     tmp_path: Path, flags: tuple[str, ...], sentence: str, absent: list[str]

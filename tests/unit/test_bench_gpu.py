@@ -22,8 +22,21 @@ from app.settings import Settings
 from tests.benchmarks import gpu, gpu_report
 from tests.benchmarks.devices import summarize as summarize_log
 from tests.benchmarks.engines import Engine, Wave, distance, share_weights
-from tests.benchmarks.gpu import LEVELS, MODELS, UNFIT, Setup, count_work, keep, read, summarize, take_turns, write
+from tests.benchmarks.gpu import (
+    LEVELS,
+    MODELS,
+    UNFIT,
+    Setup,
+    count_work,
+    keep,
+    read,
+    start,
+    summarize,
+    take_turns,
+    write,
+)
 from tests.fakes import FakeJob, Instant
+from tests.gpu.full_size import make_models
 from tests.readme import fastest_on_gpus, on_gpus
 
 CPU = torch.device("cpu")
@@ -68,10 +81,25 @@ def test_without_a_level_nothing_is_painted() -> None:
     assert not any(take_turns({}, setup(1), MODELS["flux-schnell"]))
 
 
-def test_only_what_can_leave_out_steps_has_a_step_cache() -> None:
+def test_only_what_can_leave_out_work_has_the_levels_that_do() -> None:
     every = dataclasses.replace(setup(1), levels=LEVELS)
+    besides = {"flux-dev": ["step_cache"], "flux-schnell": []}
     for name, model in MODELS.items():
-        assert every.levels_of(model) == [level for level in LEVELS if level != "step_cache" or name == "flux-dev"]
+        assert every.levels_of(model) == ["off", "safe", "compile", "max", *besides.get(name, ["guidance_end"])]
+
+
+def test_two_levels_start_from_the_same_noise_whatever_each_would_draw() -> None:
+    model, how = MODELS["sdxl"], setup(1)
+    engine = start(make_models(model.folders(True), CPU, torch.float32), how, Settings(optimize="off"), torch.float32)
+    try:
+        request = how.request(model, steps=2)
+        one = engine.follow(request)
+        same = engine.follow(dataclasses.replace(request, seed=1), noise=one)
+        other = engine.follow(dataclasses.replace(request, seed=1))
+    finally:
+        engine.close()
+    assert [distance(a, b) for a, b in zip(same.latents, one.latents, strict=True)] == [0.0, 0.0, 0.0]
+    assert distance(other.latents[-1], one.latents[-1]) > 0.1
 
 
 @pytest.mark.parametrize(
