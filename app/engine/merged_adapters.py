@@ -58,10 +58,12 @@ class MergedAdapters(Adapters):
     def activate(self, loras: Loras) -> None:
         if loras == self._active:
             return
+        # Where memory ended in between, any layer may hold anything.
+        unknown = self._active is None
         changed = {name for name, _ in (*loras, *(self._active or ()))}
-        self._active = None  # in case memory ends in between
+        self._active = None
         for layer in self._layers:
-            if layer.names & changed:
+            if unknown or layer.names & changed:
                 weight = layer.original
                 for name, scale in loras:
                     if name in layer.names:

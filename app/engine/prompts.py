@@ -61,7 +61,8 @@ def fragments(prompt: str) -> tuple[list[str], list[float]]:
     weights: list[float] = []
     position = 0
     for match in WEIGHT.finditer(prompt):
-        weight = float(match[2])
+        # What has no words has no weight: compel fails on it.
+        weight = float(match[2]) if match[1].strip() else 1.0
         if weight > MAX_WEIGHT:
             raise InvalidRequest(f"The weight of words must be at most {MAX_WEIGHT:g}, not {match[2][:20]}.")
         between = prompt[position : match.start()]

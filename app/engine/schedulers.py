@@ -186,11 +186,13 @@ def _cutoff(scheduler: Any, fraction: float) -> int:
 
 
 def snapshot(scheduler: Any) -> Any:
-    """A copy that steps on its own; tensors are shared, as no scheduler writes into one that it keeps."""
+    """A copy that steps on its own; tensors are shared, as no scheduler writes into one that it keeps, but for one."""
     twin = copy.copy(scheduler)
     for name, value in vars(scheduler).items():
         if isinstance(value, list):
             setattr(twin, name, list(value))
+        elif name == "cur_model_output" and isinstance(value, torch.Tensor):
+            twin.cur_model_output = value.clone()  # PNDM's sum over a step of Runge and Kutta
     return twin
 
 

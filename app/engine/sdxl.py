@@ -242,12 +242,16 @@ class SdxlFamily(Family[SdxlJob]):
         assert not isinstance(request.image, bytes) and not isinstance(request.mask_image, bytes)
         vae = leg.part.vae
         picture = vae.preprocess(request.image, request.height, request.width)
-        image_latents = vae.encode(picture, generator, self._device, dtype)
-        if request.mask_image is not None:
+        nine = leg.part.unet.config.in_channels != channels
+        anew = request.mask_image is not None and request.strength == 1
+        image_latents = None
+        if not (nine and anew):  # there the stock pipeline draws nothing for what nobody would read
+            image_latents = vae.encode(picture, generator, self._device, dtype)
+        if image_latents is not None and request.mask_image is not None:
             # In the layout that the stock pipeline makes of them; another takes kernels that round differently.
             image_latents = image_latents.contiguous()
         noise = draw_noise(shape, generator, self._device, dtype)
-        if request.mask_image is not None and request.strength == 1:
+        if anew or image_latents is None:
             latents = noise * scheduler.init_noise_sigma
         else:
             with sending(self._device):
@@ -261,8 +265,8 @@ class SdxlFamily(Family[SdxlJob]):
         masked_latents = vae.encode(picture * (mask < 0.5), generator, self._device, dtype)
         with sending(self._device):
             small = F.interpolate(mask, size=shape[2:]).to(device=self._device, dtype=dtype)
-        nine = leg.part.unet.config.in_channels != channels
-        return latents, Inpainting(small, image_latents, noise, masked_latents if nine else None)
+        kept = noise if image_latents is None else image_latents
+        return latents, Inpainting(small, kept, noise, masked_latents if nine else None)
 
     def _kept(self, leg: Leg, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Asked of the scheduler once for all steps, and before it has anything on the device: its own way there goes
@@ -328,8 +332,9 @@ class SdxlFamily(Family[SdxlJob]):
     @staticmethod
     def _guide(jobs: Sequence[SdxlJob], negative: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
         """Classifier-free guidance with each job's own scale; ``[n, c, h, w]`` in and out."""
-        scale = torch.cat([job.guidance for job in jobs]).to(negative.dtype)
-        steered = negative + scale * (positive - negative)
+        # In float32, as torch multiplies by a number; in half precision the scale would be another one.
+        scale = torch.cat([job.guidance for job in jobs])
+        steered = negative + (scale * (positive - negative)).to(negative.dtype)
         if not any(job.rescale for job in jobs):
             return steered
         parts = zip(jobs, steered.chunk(len(jobs)), positive.chunk(len(jobs)), strict=True)
@@ -402,8 +407,8 @@ def _rescale(job: SdxlJob, steered: torch.Tensor, positive: torch.Tensor) -> tor
     if job.rescale is None:
         return steered
     full: torch.Tensor = rescale_noise_cfg(steered, positive, guidance_rescale=1.0)
-    amount, rest = (part.to(steered.dtype) for part in job.rescale)
-    return amount * full + rest * steered
+    amount, rest = job.rescale
+    return (amount * full).to(steered.dtype) + (rest * steered).to(steered.dtype)
 
 
 def _cat_or_none(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -60,7 +60,12 @@ class Part:
         self.schedulers = schedulers.Schedulers(pipeline.scheduler)
         self.prompts = PromptEncoder(pipeline, device)
         shared = vae is not None and vae.module is pipeline.vae
-        self.vae = vae if vae is not None and shared else Vae(pipeline.vae, pipeline.image_processor, compiler)
+        self.vae = vae if vae is not None and shared else self._vae(pipeline, compiler)
+
+    @staticmethod
+    def _vae(pipeline: Any, compiler: Compiler | None) -> Vae:
+        in_full = bool(getattr(pipeline.vae.config, "force_upcast", False))
+        return Vae(pipeline.vae, pipeline.image_processor, compiler, encodes_in_full=in_full)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,13 +36,21 @@ class Vae:
         module: diffusers' ``AutoencoderKL`` or one that is called like it.
         processor: of the pipeline that it came with.
         compiler: compiles the decoding of whole pictures.
+        encodes_in_full: pictures are encoded in float32, whatever the module's dtype.
 
     Attributes:
         retries: pictures that had to be decoded once more in float32.
     """
 
-    def __init__(self, module: Any, processor: VaeImageProcessor, compiler: Compiler | None = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        processor: VaeImageProcessor,
+        compiler: Compiler | None = None,
+        encodes_in_full: bool = False,
+    ) -> None:
         self.module = module
+        self._encodes_in_full = encodes_in_full
         self._compiled = compiler.compile(module.decode) if compiler else None
         self.processor = processor
         self.retries = 0
@@ -63,11 +71,15 @@ class Vae:
             image: ``[1, 3, h, w]`` in -1…1.
             generator: of the request.
             device: where the latents are wanted.
-            dtype: theirs; the autoencoder computes in its own.
+            dtype: theirs.
         """
         with sending(device):
-            image = image.to(device=device, dtype=self.module.dtype)
-        posterior = self.module.encode(image).latent_dist
+            # Rounded first, as the stock pipelines do, whatever computes then.
+            image = image.to(device=device, dtype=dtype)
+        # What offloading moves has its dtype where it waits.
+        in_full = self._encodes_in_full and self.module.dtype in HALF and not _is_offloaded(self.module)
+        with self._float32() if in_full else contextlib.nullcontext():
+            posterior = self.module.encode(image.to(self.module.dtype)).latent_dist
         with sending(device):
             latents: torch.Tensor = posterior.sample(generator).to(dtype)
         mean, deviation = self._normal(latents)
@@ -184,3 +196,8 @@ class Vae:
         image = (image * 0.5 + 0.5).nan_to_num(0).clamp(0, 1)[0].permute(1, 2, 0).float()
         pixels: np.ndarray = (image * 255).round().to(torch.uint8).cpu().numpy()
         return pixels
+
+
+def _is_offloaded(module: Any) -> bool:
+    """Whether accelerate or diffusers moves the weights by themselves."""
+    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in module.modules())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import torch
 from app.engine.batcher import Batcher
 from app.engine.sdxl import SdxlFamily
 from app.engine.ticket import Ticket
-from app.errors import Cancelled, DeviceLost, OutOfMemory
+from app.errors import Cancelled, DeviceLost, InvalidRequest, OutOfMemory
 from app.generation import GeneratedImage, GenerateRequest, Preview, PreviewKind, PreviewWish, Progress
 from app.telemetry import Telemetry
 from tests.simulation import places_taken
@@ -104,6 +106,41 @@ def test_what_does_not_fit_at_all_is_refused_and_the_next_request_gets_its_pictu
             with pytest.raises(OutOfMemory, match="128 x 128; 64 x 64"):
                 picture(submit(batcher, family, request(1, height=128, width=128)))
         assert picture(submit(batcher, family, request(2, height=128, width=128))).encoded
+
+
+def test_a_step_that_memory_ended_is_taken_again_as_if_for_the_first_time(family: SdxlFamily) -> None:
+    for scheduler in sorted(family.schedulers):
+        try:
+            asked = family.resolve(request(1, scheduler=scheduler, num_inference_steps=5))
+        except InvalidRequest:
+            continue  # it takes no number of steps
+        pictures = []
+        for attempts in (1, 2):
+            job = family.begin(asked, family.encode(asked))
+            kind = type(job.leg.scheduler)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kind, "step", ends_in_vain(kind.step, attempts))
+                while not job.done:
+                    for _ in range(attempts - 1):
+                        with pytest.raises(OutOfMemory):
+                            family.step([job])
+                    family.step([job])
+            pictures.append(family.decode([job])[0])
+        assert np.array_equal(*pictures), scheduler
+
+
+def ends_in_vain(step: Callable[..., Any], attempts: int) -> Callable[..., Any]:
+    """A scheduler's step that has no memory left when it is done, but for the last of so many attempts."""
+    calls = itertools.count(1)
+
+    @functools.wraps(step)
+    def ends(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if next(calls) % attempts:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return result
+
+    return ends
 
 
 def test_a_poisoned_device_ends_the_batcher(family: SdxlFamily, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ GPU.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
@@ -445,6 +447,27 @@ def test_adapters_are_swapped_under_what_is_compiled_and_leave_no_trace() -> Non
         expected = ours(beside, **asked, loras=loras) if loras else ours(plain, **asked)
         assert distance(found, expected) <= 2, loras
     assert (graphs(), family.unexpected_shapes) == (before, 0)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_where_memory_ends_while_an_adapter_is_added_nobody_else_is_painted_with_it() -> None:
+    family = with_adapters(MergedAdapters, OFF)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 5}
+    before = ours(family, **asked)
+    request = family.resolve(GenerateRequest(**asked, loras=(("first", 1.0),)))
+    with pytest.MonkeyPatch.context() as patch:
+        real, added = LoraLinear.get_delta_weight, itertools.count(1)
+
+        def short_of_memory(layer: Any, adapter: str) -> torch.Tensor:
+            if next(added) % 4 == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return real(layer, adapter)
+
+        patch.setattr(LoraLinear, "get_delta_weight", short_of_memory)
+        for _ in range(2):
+            with pytest.raises(OutOfMemory):
+                family.encode(request)
+    assert np.array_equal(ours(family, **asked), before)
 
 
 def test_an_adapter_of_another_kind_is_told_in_one_sentence() -> None:

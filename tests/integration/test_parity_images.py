@@ -182,7 +182,14 @@ def test_nine_channels_inpaint_as_the_stock_call_does_and_do_nothing_else(stock:
     pipeline = StableDiffusionXLInpaintPipeline(**components)
     pipeline.set_progress_bar_config(disable=True)
     family = SdxlFamily(StableDiffusionXLPipeline(**components))
-    common = {"prompt": PROMPT, "num_inference_steps": 3, "image": picture(), "mask_image": mask()}
-    assert np.array_equal(ours(family, seed=2, **common), theirs(pipeline, 2, **common))
+    common: dict[str, Any] = {
+        "prompt": PROMPT,
+        "num_inference_steps": 4,
+        "image": picture(),
+        "mask_image": mask(),
+    }
+    for strength in (0.9999, 1.0, 0.5):
+        common["strength"] = strength
+        assert np.array_equal(ours(family, seed=2, **common), theirs(pipeline, 2, **common)), strength
     with pytest.raises(InvalidRequest, match="only inpaints"):
         family.resolve(GenerateRequest(prompt=PROMPT))

@@ -55,6 +55,14 @@ def test_a_weight_of_one_changes_nothing_and_others_do(family: SdxlFamily) -> No
     assert np.abs(plain - light).mean() > 0.5
 
 
+@pytest.mark.parametrize("blank", [" ", "\t", " \n "])
+def test_a_weight_of_no_words_changes_nothing(family: SdxlFamily, blank: str) -> None:
+    weighted = ours(family, prompt=f"a red circle ({blank}:0.5) on white", seed=1, num_inference_steps=2)
+    assert np.array_equal(
+        weighted, ours(family, prompt=f"a red circle {blank} on white", seed=1, num_inference_steps=2)
+    )
+
+
 def test_the_same_words_in_company_give_the_same_picture(family: SdxlFamily) -> None:
     requests = [
         family.resolve(GenerateRequest(prompt=prompt, seed=seed, num_inference_steps=3))
