@@ -137,6 +137,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
+def resize(picture: Pixels, height: int, width: int) -> Pixels:
+    """As the image processors of the stock pipelines do; itself where it has that size."""
+    if (picture.height, picture.width) == (height, width):
+        return picture
+    resized = to_pil(picture).resize((width, height), Image.Resampling.LANCZOS)
+    return Pixels(resized.tobytes(), height, width, picture.channels)
+
+
 def to_pil(pixels: Pixels) -> Image.Image:
     """The picture as Pillow's image, ``RGB`` or ``L``."""
     return Image.frombytes("RGB" if pixels.channels == 3 else "L", (pixels.width, pixels.height), pixels.data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -52,21 +52,37 @@ class Caution:
 def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> dict[Ticket, float]:
     """The seconds until each ticket is likely to be done, most urgent first: the policy, played forward.
 
-    Who has the size of the most urgent image shares its passes, until one of them is done; then the next ones join.
+    Several devices share the work, but one picture is painted by one of them.
     """
     ordered = sorted(tickets, key=lambda ticket: (ticket.due, ticket.number))
+    done = _play([(rank, image) for rank, ticket in enumerate(ordered) for image in ticket.images], costs)
+    if devices > 1:
+        for rank, ticket in enumerate(ordered):
+            left = sorted(ticket.images, key=lambda image: image.remaining, reverse=True)
+            share = _play([(rank, image) for image in left[: math.ceil(len(left) / devices)]], costs)
+            done[rank] = max(done.get(rank, 0.0) / devices, share.get(rank, 0.0))
+    return {ticket: done.get(rank, 0.0) for rank, ticket in enumerate(ordered)}
+
+
+def _play(images: Iterable[tuple[int, Image]], costs: Costs) -> dict[int, float]:
+    """The seconds until the images of each rank are done on one device.
+
+    Who has the size and the adapters of the most urgent image shares its passes, until one of them is done; then the
+    next ones join.
+    """
     clock = 0.0
-    done = dict.fromkeys(ordered, 0.0)
-    groups: dict[int, list[_Left]] = {}
-    for rank, ticket in enumerate(ordered):
-        for image in ticket.images:
-            if image.remaining:
-                groups.setdefault(image.size, []).append(_Left(rank, image, image.remaining, costs.rows(image)))
-            elif not image.pixels:
-                clock += costs.decode(image.size)
+    done: dict[int, float] = {}
+    groups: dict[Hashable, list[_Left]] = {}
+    for rank, image in images:
+        if image.remaining:
+            left = _Left(rank, image, image.remaining, costs.rows(image))
+            groups.setdefault((image.size, image.request.loras), []).append(left)
+        elif not image.pixels:
+            clock += costs.decode(image.size)
     while groups:
-        size = min(groups, key=lambda each: groups[each][0].rank)
-        batch = _fill(groups[size], size, costs)
+        group = min(groups, key=lambda each: groups[each][0].rank)
+        size = groups[group][0].image.size
+        batch = _fill(groups[group], size, costs)
         passes = min(left.steps for left in batch)
         clock += passes * costs.step(size, sum(left.rows for left in batch))
         clock += costs.join() * sum(left.image.stage is Stage.WAITING and not left.begun for left in batch)
@@ -76,10 +92,10 @@ def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> dict[
         finished = [left for left in batch if not left.steps]
         clock += costs.decode(size * len(finished))
         for left in finished:
-            done[ordered[left.rank]] = clock / devices
-        groups[size] = [left for left in groups[size] if left.steps]
-        if not groups[size]:
-            del groups[size]
+            done[left.rank] = clock
+        groups[group] = [left for left in groups[group] if left.steps]
+        if not groups[group]:
+            del groups[group]
     return done
 
 

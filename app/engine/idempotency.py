@@ -56,7 +56,7 @@ class Answers:
         Raises:
             KeyReused: the key came with another request.
         """
-        self._forget_old(now)
+        self.forget_old(now)
         entry = self._open.get(once.key) or self._finished.get(once.key)
         if entry is None:
             return None
@@ -79,9 +79,10 @@ class Answers:
             entry.size = sum(map(_bytes, ticket.images))
             self.size += entry.size
             self._finished[key] = entry
-        self._forget_old(now)
+        self.forget_old(now)
 
-    def _forget_old(self, now: float) -> None:
+    def forget_old(self, now: float) -> None:
+        """Let go of what was kept long enough, or is too much."""
         while self._finished:
             oldest = next(iter(self._finished.values()))
             if oldest.until > now and self.size <= self._most_bytes and len(self._finished) <= MAX_KEYS:

@@ -176,7 +176,8 @@ class Queue:
 
     def _accept(self, ticket: Ticket, priority: int) -> Ticket:
         now = ticket.accepted
-        alone = admission.schedule([ticket], self._costs)[ticket]
+        work = admission.schedule([ticket], self._costs)[ticket]
+        alone = self._schedule([ticket])[ticket]
         ticket.due = policy.due(now, alone, ticket.deadline - now, priority)
         forecast = self._schedule(self.tickets)
         admission.check_places(ticket, forecast, self._max_images)
@@ -192,7 +193,7 @@ class Queue:
         self.tickets[ticket] = None
         self.waiting.extend(ticket.images)
         self._telemetry.pending.inc(len(ticket.images))
-        self._telemetry.admitted_seconds.inc(alone if self._costs.measured else 0.0)
+        self._telemetry.admitted_seconds.inc(work if self._costs.measured else 0.0)
         self._work_changed()
         return ticket
 
@@ -265,6 +266,8 @@ class Queue:
             for image in ticket.images:
                 image.stage = Stage.OVER
             self._learn(ticket, fault)
+            if fault is None:
+                ticket.drop_inputs()
             self.answers.ended(ticket, fault is None, self._clock())
             for request_id in ticket.request_ids:
                 self._remember(request_id, ticket, fault)
@@ -294,10 +297,11 @@ class Queue:
             self.end(ticket, fault)
 
     def end_late(self) -> None:
-        """Give up what is past its deadline, whether a device is busy with it or not."""
+        """Give up what is past its deadline, whether a device is busy with it or not, and forget old answers."""
         with self.condition:
             now = self._clock()
             late = [ticket for ticket in self.tickets if now >= ticket.deadline]
+            self.answers.forget_old(now)
         for ticket in late:
             waited = in_seconds(now - ticket.accepted)
             self.end(ticket, DeadlineExceeded(f"The request was not done after {waited} and was given up."))

@@ -14,8 +14,8 @@ from app.engine.family import Family
 from app.engine.idempotency import Once
 from app.engine.queue import RequestStatus
 from app.errors import ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
-from app.generation import DEFAULT_PRIORITY, GenerateRequest, Limits, PreviewWish
-from app.images import decode_images
+from app.generation import DEFAULT_PRIORITY, GenerateRequest, Limits, Pixels, PreviewWish
+from app.images import decode_images, resize
 from app.parameters import check_combinations, check_limits
 from app.sentences import describe
 
@@ -122,7 +122,7 @@ class Model:
         check_limits(resolved, self.limits)
         return tuple(
             request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))
-            for request in resolved
+            for request in _resize_images(resolved)
         )
 
     def _read_images(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
@@ -259,3 +259,25 @@ class Repository:
     @property
     def ready(self) -> bool:
         return all(model.state is State.READY for model in self)
+
+
+def _resize_images(requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
+    """Resolved requests with input images of their pictures' own size: they may wait long, and the device's thread has
+    better to do. One that serves several is resized once."""
+    known: dict[tuple[int, int, int], Pixels] = {}
+
+    def resized(image: Pixels | bytes | None, request: GenerateRequest) -> Pixels | None:
+        if image is None:
+            return None
+        assert isinstance(image, Pixels) and request.height and request.width
+        key = (id(image), request.height, request.width)
+        if key not in known:
+            known[key] = resize(image, request.height, request.width)
+        return known[key]
+
+    return [
+        replace(request, image=resized(request.image, request), mask_image=resized(request.mask_image, request))
+        if request.image is not None
+        else request
+        for request in requests
+    ]

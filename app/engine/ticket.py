@@ -163,6 +163,12 @@ class Ticket:
     def steps_total(self) -> int:
         return sum(image.steps for image in self.images)
 
+    def drop_inputs(self) -> None:
+        """Let go of the input images, once all pictures are painted: the answer needs none, and may be kept."""
+        self.requests = [replace(request, image=None, mask_image=None) for request in self.requests]
+        for image in self.images:
+            image.request = replace(image.request, image=None, mask_image=None)
+
     def stepped(self, steps: int, now: float) -> None:
         """Note that its images took so many steps together in one forward pass."""
         if self.last_step:

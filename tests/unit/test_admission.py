@@ -14,7 +14,7 @@ from app.engine.idempotency import MAX_KEYS, Answers, Once
 from app.engine.queue import KEPT_OUTCOMES, RequestState
 from app.engine.ticket import Image, Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
-from app.generation import GenerateRequest, Preview, Progress
+from app.generation import GenerateRequest, Pixels, Preview, Progress
 from tests.fakes import Clock, FakeJob, RunsAhead, Timed, WholeJobs
 from tests.simulation import Simulation, places_taken
 
@@ -191,6 +191,14 @@ def test_a_deadline_that_is_over_at_once_is_said_in_words_that_are_true() -> Non
     assert str(error) == "The request was not done after less than 0.1 seconds and was given up."
 
 
+def test_nobody_is_told_to_come_back_later_than_in_ten_minutes() -> None:
+    simulation, _ = measured(max_queue=2)
+    simulation.submit(num_inference_steps=10_000, num_images_per_prompt=2)
+    with pytest.raises(Overloaded, match="in 600 seconds") as refused:
+        simulation.submit()
+    assert refused.value.retry_after == 600
+
+
 def test_what_cannot_meet_its_deadline_in_the_queue_is_asked_to_come_back() -> None:
     simulation, _ = measured(max_batch_size=1)
     for seed in range(5):
@@ -278,6 +286,17 @@ def test_promises_are_kept_more_carefully_where_they_were_broken_until_that_is_l
     assert not promises(simulation, 125.0) and promises(simulation, 190.0)
     simulation.clock.now += 4 * 3600
     assert promises(simulation, 75.0)
+
+
+def test_a_deadline_that_was_missed_is_a_reason_for_care() -> None:
+    simulation, _ = measured(max_batch_size=1)
+    simulation.clock.now += 4 * 3600
+    assert promises(simulation, 75.0)
+    late = simulation.submit(num_inference_steps=10, timeout=20.0)
+    simulation.clock.now += 25.0
+    simulation.run()
+    assert isinstance(late.future.exception(0), DeadlineExceeded)
+    assert not promises(simulation, 75.0)
 
 
 def test_what_comes_between_is_foreseen_and_no_reason_for_care() -> None:
@@ -372,6 +391,19 @@ def test_ends_are_forgotten_after_a_while() -> None:
     assert simulation.queue.status(str(KEPT_OUTCOMES + 49)).state is RequestState.DONE
 
 
+def test_metrics_tell_the_seconds_that_things_took() -> None:
+    clock = Clock()
+    simulation = Simulation(Timed(clock), clock=clock, max_batch_size=1)
+    for _ in range(2):
+        simulation.submit(num_inference_steps=3)
+    simulation.run()
+    assert simulation.metric("sdxl_queue_wait_seconds_sum") == pytest.approx(3 * 1.1 + 0.5), "the second for the first"
+    assert simulation.metric("sdxl_stage_seconds_sum", stage="denoise_step") == pytest.approx(2 * 3 * 1.1)
+    assert simulation.metric("sdxl_stage_seconds_sum", stage="decode") == pytest.approx(2 * 0.5)
+    simulation.submit(num_inference_steps=10)
+    assert simulation.metric("sdxl_admitted_seconds_total") == pytest.approx(10 * 1.1 + 0.5), "by what was measured"
+
+
 # --- The same request twice ------------------------------------------------------------------------------------
 
 ONCE = Once("key", b"body")
@@ -396,6 +428,14 @@ def test_the_same_key_joins_while_it_runs_and_gets_the_same_answer_for_a_while_a
     for outcome in ("joined", "replayed"):
         assert simulation.metric("sdxl_idempotent_total", outcome=outcome) == 1
     simulation.assert_empty()
+
+
+def test_whoever_joins_leaves_the_first_caller_its_id() -> None:
+    simulation, _ = measured()
+    for name in ("first", "second"):
+        simulation.submit(once=ONCE, request_id=name)
+    assert simulation.queue.status("first") == simulation.queue.status("second")
+    assert simulation.queue.cancel("first").state is RequestState.CANCELLED
 
 
 def test_a_key_that_came_with_another_request_is_refused() -> None:
@@ -462,6 +502,19 @@ def test_answers_are_kept_within_bounds() -> None:
     assert len(empty) == MAX_KEYS and not empty._keys
 
 
+def test_answers_are_forgotten_in_time_though_nobody_asks_and_keep_no_input_images() -> None:
+    simulation, _ = measured(idempotency_seconds=60.0)
+    image = Pixels(bytes(3 * 64 * 64), 64, 64)
+    ticket = simulation.submit(once=ONCE, image=image, mask_image=image)
+    simulation.run()
+    assert ticket.future.result(0).images and len(simulation.queue.answers) == 1
+    kept = [*ticket.requests, *(image.request for image in ticket.images), ticket.future.result(0).images[0].request]
+    assert not any(request.image or request.mask_image for request in kept)
+    simulation.clock.now += 61.0
+    simulation.queue.end_late()
+    assert len(simulation.queue.answers) == 0
+
+
 def test_without_seconds_no_answer_is_kept() -> None:
     simulation, _ = measured(idempotency_seconds=0.0)
     simulation.submit(once=ONCE)
@@ -498,6 +551,28 @@ def test_an_idle_device_takes_what_a_busy_one_would_have_to_queue() -> None:
     simulation.workers[1].turn()
     assert idle.began == [2]
     simulation.run()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_several_devices_do_not_make_one_picture_faster_than_it_is(devices: int) -> None:
+    clock = Clock()
+    simulation = Simulation(*(Timed(clock) for _ in range(devices)), clock=clock)
+    for _ in range(2):
+        simulation.submit(num_inference_steps=4)
+        simulation.run()
+    ticket, began = simulation.submit(num_inference_steps=50), clock()
+    simulation.run()
+    assert ticket.foreseen == pytest.approx(clock() - began, rel=0.05)
+
+
+def test_requests_with_other_adapters_are_foreseen_to_share_no_pass() -> None:
+    def foreseen(*loras: tuple[tuple[str, float], ...] | None) -> float:
+        simulation, _ = measured()
+        return [simulation.submit(seed=seed, loras=each) for seed, each in enumerate(loras)][-1].foreseen
+
+    alone = foreseen(None)
+    assert foreseen((("style", 0.7),), (("style", 0.7),)) < 1.9 * alone
+    assert foreseen((("style", 0.7),), (("style", 0.8),)) == pytest.approx(2 * alone, rel=0.05)
 
 
 def test_a_family_that_moves_its_weights_does_whole_jobs_and_gives_the_same_pictures() -> None:
