@@ -312,7 +312,7 @@ def _make_server(settings: Settings, ranks: Ranks | None) -> tuple[uvicorn.Serve
     app = create_app(settings, on_failure=stop, begun=start.process_began(), ranks=ranks)
     config = uvicorn.Config(
         app,
-        http=functools.partial(Connection, header_timeout=settings.body_timeout),  # type: ignore[arg-type]
+        http=functools.partial(Connection, timeout=settings.body_timeout),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
         access_log=False,

@@ -136,7 +136,10 @@ class Settings(BaseModel):
     )
     max_body_size: int = Field(33_554_432, ge=1024, description="Most bytes of a request body, also once unpacked.")
     body_timeout: float = Field(
-        30.0, gt=0, description="Seconds for the headers, and again for the body, of a request to arrive."
+        30.0,
+        gt=0,
+        description="Seconds for the headers, and again for the body, of a request to arrive, and for a client to take "
+        "something of its answer.",
     )
     request_timeout: float = Field(
         600.0, gt=0, description="Seconds from acceptance within which a request must be done, or it is given up."

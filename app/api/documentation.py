@@ -5,6 +5,7 @@ What routes answer is told here, as arguments for their decorators; what they ta
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -311,7 +312,8 @@ def install(app: FastAPI, settings: Settings, model: Model) -> None:
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> Response:
-        return Response(document(model.family), media_type="application/json")
+        # Made at the first call, which takes a moment: a hundred requests are tried for what the model takes.
+        return Response(await asyncio.to_thread(document, model.family), media_type="application/json")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

@@ -1,4 +1,4 @@
-"""Where requests enter and leave: the one table from error to status, keys, body limits, ids, and hanging up.
+"""Where requests enter and leave: the one table from error to status, keys, ids, and hanging up.
 
 Every transport uses this; it knows no protocol's messages and no model.
 """
@@ -14,7 +14,6 @@ import math
 import re
 import time
 import uuid
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -22,7 +21,6 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,10 +28,9 @@ from app import errors
 from app.engine.batcher import Ticket
 from app.engine.idempotency import Once
 from app.engine.repository import Model, State
-from app.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault, UnsupportedEncoding
+from app.errors import BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault
 from app.generation import Generation
-from app.sentences import describe, shorten
-from app.settings import Settings
+from app.sentences import shorten
 from app.telemetry import Access, AccessLog, request_id
 
 logger = logging.getLogger(__name__)
@@ -96,8 +93,8 @@ def error_response(fault: RuntimeFault) -> Response:
     if isinstance(fault, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(fault, BodyTooSlow | errors.ShuttingDown):
-        # What is left of the body will not be read. One that is too large is, and thrown away: many clients look for
-        # an answer only when they have sent everything, and lose it when the connection is closed before.
+        # What is left of a slow body will not be read. One that is too large is, and thrown away: many clients look
+        # for an answer only when they have sent everything, and lose it when the connection is closed before.
         headers["Connection"] = "close"
     return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
 
@@ -238,63 +235,7 @@ def _printable(value: bytes) -> str:
     return quote(value.decode("latin-1"), safe=" ()/;:,.+-_=")
 
 
-# --- Bodies ----------------------------------------------------------------------------------------------------
-
-
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The request's body, unpacked.
-
-    Raises:
-        BodyTooLarge: declared or sent, packed or unpacked, more than ``max_body_size``.
-        BodyTooSlow: not whole after ``body_timeout`` seconds.
-        Cancelled: the client closed the connection first.
-        UnsupportedEncoding: neither gzip nor deflate.
-        InvalidRequest: the packed data is damaged.
-    """
-    limit = settings.max_body_size
-    too_large = BodyTooLarge(f"The body has more than {limit} bytes (the server's setting max_body_size).")
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-        raise UnsupportedEncoding(f"The content encoding {describe(encoding)} is not spoken here; use gzip or deflate.")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise too_large
-
-    body = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        raise BodyTooSlow(f"The body did not arrive within {settings.body_timeout:g} seconds.") from None
-    except ClientDisconnect:
-        raise Cancelled("The client closed the connection before its body was whole.") from None
-    if encoding in ("identity", ""):
-        return bytes(body)
-    unpacked = await asyncio.to_thread(_unpack, bytes(body), encoding, limit)
-    if len(unpacked) > limit:
-        raise too_large
-    return unpacked
-
-
-def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
-    """At most ``limit + 1`` bytes of the unpacked body."""
-    if encoding in ("gzip", "x-gzip"):
-        window = zlib.MAX_WBITS | 16
-    else:
-        # "deflate" means zlib's format, but some clients send it without zlib's header.
-        zlib_header = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
-        window = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
-    unpacker = zlib.decompressobj(window)
-    try:
-        unpacked = unpacker.decompress(body, limit + 1)
-    except zlib.error:
-        raise InvalidRequest(f"The body is not {encoding} data as its Content-Encoding says.") from None
-    if len(unpacked) <= limit and (not unpacker.eof or unpacker.unused_data):
-        raise InvalidRequest(f"The {encoding} data of the body does not end where the body ends.")
-    return unpacked
+# --- Requests and answers --------------------------------------------------------------------------------------
 
 
 def once(request: Request, body: bytes) -> Once | None:

@@ -74,6 +74,7 @@ class Offer:
         self._family: Family[Any] | type[Family[Any]] = Family if family is None else family
         # Each task's defaults, for the tasks that the model has.
         self._defaults = {task: request for task in ImageTask if (request := _resolve(family, task)) is not None}
+        self._least_strengths = {task: self._least_strength(task) for task in self._defaults}
 
     @property
     def tasks(self) -> list[ImageTask]:
@@ -155,6 +156,8 @@ class Offer:
 
     def _narrower(self, name: str, task: ImageTask) -> dict[str, Any]:
         """What holds for one parameter besides its kind."""
+        if name == "strength":
+            return {"minimum": self._least_strengths.get(task, 0)}
         side = {"multipleOf": self.size_step, "minimum": self.size_step, "maximum": self.longest_side}
         more_than_zero = {"minimum": None, "exclusiveMinimum": 0}
         default = self._defaults[task].scheduler if task in self._defaults else None
@@ -164,7 +167,6 @@ class Offer:
             "width": side,
             "num_inference_steps": {"maximum": self.limits.max_steps},
             "num_images_per_prompt": {"maximum": self.limits.max_images_per_request},
-            "strength": {"minimum": self._least_strength(task)},
             "denoising_end": more_than_zero,
             "denoising_limit": more_than_zero,
             "scheduler": {"maxLength": None, "pattern": None, "enum": list(dict.fromkeys(filter(None, schedulers)))},
@@ -175,7 +177,7 @@ class Offer:
 
     def _least_strength(self, task: ImageTask) -> float:
         """As the model has it, of as many steps as it does by default."""
-        if isinstance(self._family, type):
+        if isinstance(self._family, type) or task is ImageTask.TEXT_TO_IMAGE:
             return 0
         low, high = 0.0, 1.0
         if _resolve(self._family, task, strength=low) is not None:

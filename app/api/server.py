@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 LAST_SECONDS = 1.0
 """Of the grace period, kept for the answers of requests that were not done in time, and for the end itself."""
 TICK = 0.05
+MOST_PIPELINED = 64 * 1024
+"""Bytes of further requests that are read while one is answered."""
 
 
 class Server(uvicorn.Server):
@@ -123,20 +125,22 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed when a request's headers do not arrive in time.
+    """uvicorn's connection, closed when a request's headers do not arrive in time, or nobody takes an answer.
 
-    uvicorn itself waits forever for the rest of a line. This parser, unlike httptools, bounds the headers' size. What
-    is no HTTP gets an error with the same body as all others.
+    uvicorn itself waits forever for the rest of a line, and for a client that does not read. This parser, unlike
+    httptools, bounds the headers' size. What is no HTTP gets an error with the same body as all others.
 
     Args:
-        header_timeout: seconds from connecting, or from a request's first byte, to the end of its headers.
+        timeout: seconds from connecting, or from a request's first byte, to the end of its headers; and seconds in
+            which a client has to take something of an answer that waits for it.
         uvicorn: what uvicorn gives its connections.
     """
 
-    def __init__(self, *, header_timeout: float, **uvicorn: Any) -> None:
+    def __init__(self, *, timeout: float, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-        self._header_timeout = header_timeout
+        self._timeout = timeout
         self._timer: asyncio.TimerHandle | None = None
+        self._reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -147,15 +151,32 @@ class Connection(H11Protocol):
         self._watch()
 
     def handle_events(self) -> None:
-        if self.conn.their_state is h11.IDLE:
+        if self.conn.their_state in (h11.IDLE, h11.DONE):
             # Some clients send an empty line behind a body: RFC 9112, 2.2. h11 offers no other way to pass over it.
             data, _ = self.conn.trailing_data
             self.conn._receive_buffer.maybe_extract_at_most(len(data) - len(data.lstrip(b"\r\n")))
         super().handle_events()
+        whole = self.conn.their_state is h11.DONE
+        if whole and self._is_answering and len(self.conn.trailing_data[0]) < MOST_PIPELINED:
+            # uvicorn stops reading where the next request comes early, and would not hear of a client that leaves.
+            self.flow.resume_reading()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
         super().connection_lost(exc)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing to say: a client that asks for HTTP/2, as some do each time, is answered in HTTP/1.1."""
 
     def send_400_response(self, msg: str) -> None:
         del msg
@@ -168,13 +189,32 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _watch(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._is_answering:
             self._unwatch()  # the headers are here
         elif self._timer is None:
-            self._timer = self.loop.call_later(self._header_timeout, self.transport.close)
+            self._timer = self.loop.call_later(self._timeout, self.transport.close)
 
     def _unwatch(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _watch_reader(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and self._reader_timer is None:
+            self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, waiting)
+
+    def _check_reader(self, before: int) -> None:
+        self._reader_timer = None
+        # While more may be written, as much may have been taken as was added.
+        is_all = self.flow.write_paused or not self._is_answering
+        if is_all and self.transport.get_write_buffer_size() == before:
+            logger.info("a client took nothing of its answer for %g seconds: its connection is closed", self._timeout)
+            self.transport.abort()
+        else:
+            self._watch_reader()

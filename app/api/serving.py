@@ -12,15 +12,16 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from fastapi import Request
 
 from app.api import edge
+from app.api.bodies import Bodies
 from app.engine.batcher import Listener, Ticket
 from app.engine.idempotency import Once
 from app.engine.repository import Model, Repository
-from app.errors import RuntimeFault
+from app.errors import RuntimeFault, ShuttingDown
 from app.generation import GenerateRequest, Generation, PreviewWish
 from app.settings import Settings
 from app.telemetry import Telemetry, request_id
@@ -45,6 +46,13 @@ class Call(Protocol):
     def priority(self) -> int | None:
         """1 comes first, 9 last."""
 
+    @property
+    def preview(self) -> PreviewWish | None:
+        """Wanted from a stream."""
+
+    def without_requests(self) -> Self:
+        """What its answer needs of it, which are no images."""
+
 
 C = TypeVar("C", bound=Call)
 A = TypeVar("A")
@@ -56,13 +64,14 @@ class Serving:
     Args:
         repository: the models.
         telemetry: where seconds and refusals are counted.
-        settings: body limits and whether to log latencies.
+        settings: limits of bodies and whether to log latencies.
     """
 
     def __init__(self, repository: Repository, telemetry: Telemetry, settings: Settings) -> None:
         self.repository = repository
         self.telemetry = telemetry
         self.settings = settings
+        self.bodies = Bodies(settings)
         # An input image may take a hundred times the memory of its file while it is read.
         self.image_readers = asyncio.Semaphore(settings.encode_threads)
 
@@ -87,10 +96,7 @@ class Serving:
             RuntimeFault: it was refused, or ended without pictures.
         """
         with Exchange(self, verb) as exchange:
-            exchange.find(request.path_params["model_name"], request.path_params.get("model_version"))
-            body = await edge.read_body(request, self.settings)
-            call = await exchange.parse(parse, body)
-            ticket = await exchange.submit(call, check, once=edge.once(request, body))
+            call, ticket = await exchange.accept(request, parse, check)
             generation = await exchange.wait(edge.wait_for(ticket, request))
             return await exchange.write(write, call, generation)
 
@@ -121,39 +127,40 @@ class Exchange:
         if self._serving.settings.enable_latency_logging:
             self._log(200 if error is None else edge.HTTP_STATUS[fault.code] if fault else 500)
 
-    def find(self, model_name: str, model_version: str | None = None) -> Model:
-        """The model, ready.
-
-        Raises:
-            ModelNotFound: there is none, or not in that version.
-            Unavailable: it is not ready.
-        """
-        self._model = self._serving.repository.get(model_name, model_version)
-        self._model.require_ready()
-        return self._model
-
-    async def parse(self, parse: Callable[[bytes], C], body: bytes) -> C:
-        if len(body) <= INLINE_BYTES:
-            return parse(body)
-        return await asyncio.to_thread(parse, body)
-
-    async def submit(
+    async def accept(
         self,
-        call: C,
+        request: Request,
+        parse: Callable[[bytes], C],
         check: Callable[[C, Sequence[GenerateRequest]], None] | None = None,
         listener: Listener | None = None,
-        preview: PreviewWish | None = None,
-        once: Once | None = None,
-    ) -> Ticket:
-        """Fill in defaults and take places in the queue, or join the same request where it came before.
+    ) -> tuple[C, Ticket]:
+        """Find the model, read the body, fill in defaults and take places in the queue, or join the same request where
+        it came before. Nothing is kept of what was sent but what is painted from.
 
         Raises:
-            InvalidRequest: the model cannot serve it as it is.
-            Unavailable: there is no place, or the server is shutting down.
-            KeyReused: the idempotency key came with another request.
+            RuntimeFault: it is refused.
         """
-        model = self._model
-        assert model is not None, "find comes first"
+        self._model = model = self._serving.repository.get(
+            request.path_params["model_name"], request.path_params.get("model_version")
+        )
+        try:
+            model.require_ready()
+        except ShuttingDown:
+            await self._serving.bodies.discard(request)
+            raise
+        async with self._serving.bodies.read(request) as body:
+            call = parse(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(parse, body)
+            ticket = await self._submit(model, call, check, listener, edge.once(request, body))
+            return call.without_requests(), ticket
+
+    async def _submit(
+        self,
+        model: Model,
+        call: C,
+        check: Callable[[C, Sequence[GenerateRequest]], None] | None,
+        listener: Listener | None,
+        once: Once | None,
+    ) -> Ticket:
         # Taking long prompts apart, planning steps and reading images would keep the event loop from answering health.
         with_image = any(request.image is not None for request in call.requests)
         async with self._serving.image_readers if with_image else contextlib.nullcontext():
@@ -165,7 +172,7 @@ class Exchange:
             call.timeout,
             listener,
             priority=call.priority,
-            preview=preview,
+            preview=call.preview,
             once=once,
             request_id=request_id.get(),
         )

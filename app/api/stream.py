@@ -112,10 +112,7 @@ def router(serving: Serving) -> APIRouter:
         with contextlib.ExitStack() as stack:
             # What goes wrong before the first event is an error like any other.
             exchange = stack.enter_context(Exchange(serving, "stream"))
-            exchange.find(request.path_params["model_name"], request.path_params.get("model_version"))
-            body = await edge.read_body(request, serving.settings)
-            call = await exchange.parse(parse(request), body)
-            ticket = await exchange.submit(call, check_stream, news.hear, call.preview, edge.once(request, body))
+            call, ticket = await exchange.accept(request, parse(request), check_stream, news.hear)
             stack.callback(ticket.leave)
 
             async def finish(generation: Awaitable[Generation]) -> bytes:

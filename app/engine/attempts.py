@@ -136,7 +136,8 @@ class Attempts:
             action(images)
         except Exception as error:
             if len(images) == 1 and not isinstance(error, RuntimeFault):
-                logger.error("a generation failed in %s", stage, exc_info=error)
+                whose = {"request_id": images[0].ticket.known_as}
+                logger.error("a generation failed in %s", stage, exc_info=error, extra=whose)
             fault = as_fault(error)
         else:
             self._measured(stage, images, self._clock() - started)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from app.errors import (
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
 from app.sentences import in_seconds
 from app.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 KEPT_OUTCOMES = 1024
 """Ended requests that can still be asked about."""
@@ -281,6 +284,8 @@ class Queue:
             self._telemetry.cancelled.inc()
         else:
             self._telemetry.failed(fault.code)
+            whose = {"request_id": ticket.known_as, "fields": {"reason": fault.code}}
+            logger.warning("a request failed: %s", fault, extra=whose)
         ticket.future.set_exception(fault)
 
     def _learn(self, ticket: Ticket, fault: RuntimeFault | None) -> None:

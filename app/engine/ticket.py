@@ -151,6 +151,11 @@ class Ticket:
         self.keeper.leave(self)
 
     @property
+    def known_as(self) -> str:
+        """The id of the first HTTP request for it, for the log."""
+        return next(iter(self.request_ids), "-")
+
+    @property
     def waiting(self) -> bool:
         """None of its images has begun."""
         return all(image.stage is Stage.WAITING for image in self.images)

@@ -12,7 +12,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -143,6 +143,10 @@ class InferCall:
     """1 comes first, 9 last."""
     preview: PreviewWish | None = None
     """Wanted from a stream."""
+
+    def without_requests(self) -> InferCall:
+        """What the answer needs of it."""
+        return replace(self, requests=())
 
 
 def check_pixels(call: InferCall, requests: Sequence[GenerateRequest]) -> None:

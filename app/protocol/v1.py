@@ -11,12 +11,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from app.errors import InvalidRequest
-from app.generation import PARAMETERS, GenerateRequest, Generation, Kind
+from app.generation import PARAMETERS, GenerateRequest, Generation, Kind, PreviewWish
 from app.parameters import ALIASES, parse_parameter
 from app.protocol.strict_json import parse_json
 from app.protocol.values import check_text, read_image_file
@@ -70,6 +70,12 @@ class PredictCall:
     """Seconds; the protocol has no place for it."""
     priority: int | None = None
     """The protocol has no place for it either."""
+    preview: PreviewWish | None = None
+    """Nor for this."""
+
+    def without_requests(self) -> PredictCall:
+        """What the answer needs of it."""
+        return replace(self, requests=())
 
 
 def parse_predict(body: bytes) -> PredictCall:

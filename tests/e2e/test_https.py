@@ -84,7 +84,7 @@ def test_who_reads_slowly_gets_everything(https_server: Server) -> None:
         connection.settimeout(120)
         connection.sendall(request)
         answer = connection.recv(1024)
-        time.sleep(2)  # the server has written all by now, and closed
+        time.sleep(HEADER_SECONDS / 2)  # the server has written all by now, and closed
         answer += b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, content = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")

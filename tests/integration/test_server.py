@@ -19,7 +19,7 @@ import uvicorn
 from app.api import server
 from app.api.server import Connection, Server
 from app.engine.family import Family
-from app.main import create_app
+from app.main import _make_server, create_app
 from app.settings import Settings
 from tests.fakes import Gated, Instant
 
@@ -37,7 +37,7 @@ class Running:
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         app = create_app(settings, load=load)
-        http = partial(Connection, header_timeout=settings.body_timeout)
+        http = partial(Connection, timeout=settings.body_timeout)
         config = uvicorn.Config(app, http=http, ws="none", log_config=None)  # type: ignore[arg-type]
         self.server = Server(config, app.state.stop, app.state.hurry, settings.grace_period)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
@@ -177,7 +177,7 @@ def test_the_end_lies_within_the_grace_period_whatever_does_not_arrive(monkeypat
         )
         assert stalled.recv(1000).startswith(b"HTTP/1.1 100")
         each.signal()
-        each.thread.join(5.0)
+        each.thread.join(30.0)  # after 3.75 seconds, on a machine with nothing else to do
         assert not each.thread.is_alive()
 
 
@@ -197,3 +197,11 @@ def test_a_body_that_does_not_arrive_holds_nothing_up(signals: int) -> None:
             answer = b"".join(iter(partial(stalled.recv, 65536), b""))
         assert answer.startswith(b"HTTP/1.1 503") and b"connection: close" in answer.lower()
         assert answer.endswith(b'{"error": "The server shut down before the request was done."}')
+
+
+def test_every_setting_of_connections_reaches_them() -> None:
+    settings = Settings(timeout_keep_alive=7, event_loop="asyncio", body_timeout=3.0, grace_period=2.0)
+    made: Any = _make_server(settings, None)[0]
+    assert (made.config.timeout_keep_alive, made.config.loop) == (7, "asyncio")
+    assert made.config.http.keywords == {"timeout": 3.0}
+    assert (made._handshake_timeout, made._grace_period) == (3.0, 2.0)

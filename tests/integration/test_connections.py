@@ -1,0 +1,121 @@
+"""Connections of clients that do not behave: who leaves, who does not read, who sends early or too much."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.fakes import Gated, Instant
+from tests.integration.test_server import BODY, INFER, WAIT, Running, running
+
+LARGE = {
+    **BODY,
+    "parameters": {"width": 2048, "height": 2048},
+    "outputs": [{"name": "pixels", "parameters": {"binary_data": True}}],
+}
+"""Its answer has 12 MB, more than find room on the way."""
+
+
+def raw(each: Running, body: object = BODY) -> socket.socket:
+    """A connection on which a request was sent whole."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", each.port), WAIT)
+    connection.sendall(b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(content)))
+    connection.sendall(content)
+    return connection
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def gated() -> Iterator[Gated]:
+    family = Gated()
+    yield family
+    family.permit(1000)
+
+
+@pytest.mark.parametrize("early", [b"", b"\r\n", b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n"])
+def test_who_leaves_is_noticed_whatever_came_behind_the_request(gated: Gated, early: bytes) -> None:
+    with running(lambda: gated) as each:
+        with raw(each) as connection:
+            assert gated.waiting.wait(WAIT)
+            if early:
+                connection.sendall(early)
+                time.sleep(0.2)
+        until(lambda: 'sdxl_cancelled_total{model_name="m"} 1.0' in each.get("/metrics").text)
+
+
+def test_requests_that_come_early_are_answered_in_their_order_however_many_they_are(gated: Gated) -> None:
+    count = 3000
+    with running(lambda: gated) as each, raw(each) as connection:
+        assert gated.waiting.wait(WAIT)
+        sent = each.pool.submit(connection.sendall, b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n" * count)
+        gated.permit(1000)
+        answer = b""
+        while answer.count(b'{"live": true}') < count:
+            answer += connection.recv(1 << 20)
+        sent.result(WAIT)
+        assert answer.index(b'"outputs"') < answer.index(b'{"live": true}')
+
+
+def test_who_takes_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not() -> None:
+    with running(Instant, body_timeout=1.0, timeout_keep_alive=60) as each:
+        connections = each.server.server_state.connections
+        with raw(each, LARGE) as deaf, raw(each, LARGE) as slow:
+            until(lambda: len(connections) == 2)
+            received = 0
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += slow.recv(1)
+            length = int(head.lower().split(b"\r\ncontent-length: ")[1].split(b"\r\n")[0])
+            for pause in itertools.chain([0.5] * 6, itertools.repeat(0)):
+                received += len(slow.recv(65536))
+                if received == length:
+                    break
+                time.sleep(pause)
+            assert received == length
+            until(lambda: len(connections) == 1)
+            assert deaf.fileno() >= 0
+
+
+def test_who_reads_nothing_does_not_hold_up_the_end() -> None:
+    with running(Instant, body_timeout=0.5, grace_period=600.0) as each, raw(each, LARGE):
+        connections = each.server.server_state.connections
+        until(lambda: any(one.transport.get_write_buffer_size() for one in list(connections)))
+        each.signal()
+        assert each.ended()
+
+
+def test_a_client_that_sends_a_large_body_to_a_server_that_ends_reads_why_not(gated: Gated) -> None:
+    with running(lambda: gated) as each:
+        accepted = each.pool.submit(each.post, INFER, BODY)
+        assert gated.waiting.wait(WAIT)
+        each.signal()
+        each.until("/v2/health/ready", 503)
+        client = http.client.HTTPConnection("127.0.0.1", each.port, timeout=WAIT)
+        client.request("POST", INFER, b" " * 6_000_000)
+        answer = client.getresponse()
+        assert (answer.status, json.load(answer)) == (
+            503,
+            {"error": "The server is shutting down and takes no more requests."},
+        )
+        gated.permit(1000)
+        assert accepted.result(WAIT).status_code == 200
+
+
+def test_who_asks_for_http_2_is_answered_without_a_word_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with running(Instant) as each:
+        headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+        assert each.client.get("/v2/health/live", headers=headers).json() == {"live": True}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
