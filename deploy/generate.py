@@ -28,17 +28,39 @@ Panel = dict[str, Any]
 # --- The dashboard ---------------------------------------------------------------------------------------------
 
 
+def once(query: str) -> str:
+    """A replica's series once, however many monitors scrape it; these labels are what tells their copies apart."""
+    return f"max without (job, service, endpoint, container) ({query})"
+
+
+def summed(query: str, by: str) -> str:
+    return f"sum{f' by ({by}) ' if by else ''}({once(query)})"
+
+
 def rate(metric: str, by: str = "model_name", matchers: str = "") -> str:
-    return f"sum by ({by}) (rate({metric}{{{SERVICE}{matchers}}}[{RATE}]))"
+    return summed(f"rate({metric}{{{SERVICE}{matchers}}}[{RATE}])", by)
+
+
+def increase(metric: str, by: str = "") -> str:
+    return summed(f"increase({metric}{{{SERVICE}}}[{RATE}])", by)
+
+
+def total(metric: str, by: str = "") -> str:
+    return summed(f"{metric}{{{SERVICE}}}", by)
+
+
+def share(metric: str, by: str) -> str:
+    """For one side of a ratio, in which it does not matter how often both are counted."""
+    return f"sum by ({by}) (rate({metric}{{{SERVICE}}}[{RATE}]))"
 
 
 def quantiles(histogram: str) -> list[tuple[str, str]]:
-    buckets = rate(f"{histogram}_bucket", "le")
+    buckets = share(f"{histogram}_bucket", "le")
     return [(f"histogram_quantile({q}, {buckets})", f"p{q * 100:.0f}") for q in (0.5, 0.9, 0.99)]
 
 
 def mean(histogram: str, by: str) -> str:
-    return f"{rate(f'{histogram}_sum', by)} / {rate(f'{histogram}_count', by)}"
+    return f"{share(f'{histogram}_sum', by)} / {share(f'{histogram}_count', by)}"
 
 
 def panel(kind: str, title: str, description: str, unit: str, *queries: tuple[str, str], stack: bool = False) -> Panel:
@@ -70,14 +92,14 @@ def graph(title: str, description: str, unit: str, *queries: tuple[str, str], st
 
 def own(metric: str) -> str:
     """A metric of the process itself, which has no model_name, for our servers only."""
-    return f"{metric} and on (job, instance) sdxl_model_ready{{{SERVICE}}}"
+    return once(f"{metric} and on (job, instance) sdxl_model_ready{{{SERVICE}}}")
 
 
 ROWS: list[tuple[str, list[Panel]]] = [
     (
         "Now",
         [
-            stat("Ready replicas", "", "none", f"sum by (model_name) (sdxl_model_ready{{{SERVICE}}})"),
+            stat("Ready replicas", "", "none", total("sdxl_model_ready", "model_name")),
             stat("Images per minute", "", "none", f"60 * {rate('sdxl_images_total')}"),
             stat(
                 "Work ahead",
@@ -95,8 +117,8 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Images in the house",
                 "Waiting images have not taken a step yet.",
                 "none",
-                (f"sum(sdxl_running_images{{{SERVICE}}})", "running"),
-                (f"sum(sdxl_pending_images{{{SERVICE}}})", "waiting"),
+                (total("sdxl_running_images"), "running"),
+                (total("sdxl_pending_images"), "waiting"),
                 stack=True,
             ),
             graph(
@@ -113,7 +135,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Work ahead, by replica",
                 "Seconds until all accepted work is likely to be done. Autoscaling looks at it.",
                 "s",
-                (f"sdxl_queue_seconds{{{SERVICE}}}", "{{pod}} {{instance}}"),
+                (once(f"sdxl_queue_seconds{{{SERVICE}}}"), "{{pod}} {{instance}}"),
             ),
         ],
     ),
@@ -144,12 +166,9 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Work done and work accepted, per second",
                 "One replica does one second of work in a second: where more is accepted for long, the queue grows.",
                 "none",
-                (
-                    f'sum(rate(sdxl_stage_seconds_sum{{{SERVICE}, stage!="encode"}}[{RATE}]))',
-                    "done",
-                ),
-                (f"sum(rate(sdxl_admitted_seconds_total{{{SERVICE}}}[{RATE}]))", "accepted"),
-                (f"sum(sdxl_model_ready{{{SERVICE}}})", "replicas"),
+                (rate("sdxl_stage_seconds_sum", "", ', stage!="encode"'), "done"),
+                (rate("sdxl_admitted_seconds_total", ""), "accepted"),
+                (total("sdxl_model_ready"), "replicas"),
             ),
             graph(
                 "Forward passes, on average",
@@ -159,7 +178,8 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 (mean("sdxl_images_per_forward_pass", "model_name"), "images"),
                 (mean("sdxl_rows_per_forward_pass", "model_name"), "rows"),
                 (
-                    f"{rate('sdxl_turn_switches_total')} / {rate('sdxl_rows_per_forward_pass_count')}",
+                    f"{share('sdxl_turn_switches_total', 'model_name')}"
+                    f" / {share('sdxl_rows_per_forward_pass_count', 'model_name')}",
                     "switches",
                 ),
             ),
@@ -168,10 +188,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Short of memory",
                 "Passes that did not fit, and what was done about it; the pixels times rows that are still tried.",
                 "none",
-                (
-                    f"sum by (stage, action) (increase(sdxl_out_of_memory_total{{{SERVICE}}}[{RATE}]))",
-                    "{{stage}}: {{action}}",
-                ),
+                (increase("sdxl_out_of_memory_total", "stage, action"), "{{stage}}: {{action}}"),
                 (f"min(sdxl_pass_budget_pixels{{{SERVICE}}}) / 1e6", "budget, megapixels"),
             ),
         ],
@@ -183,7 +200,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Streams",
                 "Open ones, and the events that they got per second.",
                 "none",
-                (f"sum(sdxl_open_streams{{{SERVICE}}})", "open"),
+                (total("sdxl_open_streams"), "open"),
                 (rate("sdxl_stream_events_total", "event"), "{{event}}"),
             ),
             graph(
@@ -201,9 +218,9 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Pictures decoded once more in float32, passes in a shape that nothing was compiled for, and steps "
                 "that took too long to be believed.",
                 "none",
-                (f"sum(increase(sdxl_decode_retries_total{{{SERVICE}}}[{RATE}]))", "decoded again"),
-                (f"sum(increase(sdxl_unexpected_shapes_total{{{SERVICE}}}[{RATE}]))", "shape not compiled"),
-                (f"sum(increase(sdxl_hung_steps_total{{{SERVICE}}}[{RATE}]))", "hung"),
+                (increase("sdxl_decode_retries_total"), "decoded again"),
+                (increase("sdxl_unexpected_shapes_total"), "shape not compiled"),
+                (increase("sdxl_hung_steps_total"), "hung"),
             ),
         ],
     ),
@@ -217,7 +234,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
                 "Time to ready",
                 "From the start of the process to the ready model, and the longest of each part of it.",
                 "s",
-                (f"sdxl_model_load_seconds{{{SERVICE}}}", "{{pod}} {{instance}}"),
+                (once(f"sdxl_model_load_seconds{{{SERVICE}}}"), "{{pod}} {{instance}}"),
                 (f"max by (phase) (sdxl_start_seconds{{{SERVICE}}})", "{{phase}}"),
             ),
         ],

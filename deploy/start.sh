@@ -2,7 +2,8 @@
 # Read by the start scripts beside it. They say what is served; this says how: by `run FLAG...`.
 #
 #   MODELS   folder with the weights (default: models in the working directory)
-#   IMAGE    serve from this image with podman; without it, the sdxl-runtime of this machine serves
+#   IMAGE    serve from this image with podman; without it, the sdxl-runtime of this machine serves: the one on the PATH,
+#            or else the one that `make install` puts into .venv
 #   PORT     where to listen (default: 8080)
 #   GPU      with IMAGE: none leaves the GPUs out
 #   CACHE    with IMAGE: volume for what is loaded from the Hugging Face hub (default: sdxl-huggingface)
@@ -25,7 +26,15 @@ if [ -n "${IMAGE:-}" ]; then models=/mnt/models; else models=$MODELS; fi
 
 run() {
     if [ -z "${IMAGE:-}" ]; then
-        exec sdxl-runtime --http_port "$PORT" "$@"
+        server=sdxl-runtime
+        if ! command -v "$server" >/dev/null; then
+            server=$(dirname "$0")/../.venv/bin/sdxl-runtime
+            if [ ! -x "$server" ]; then
+                echo "There is no sdxl-runtime on the PATH or in .venv: run make install, or name an IMAGE." >&2
+                exit 127
+            fi
+        fi
+        exec "$server" --http_port "$PORT" "$@"
     fi
     set -- "$IMAGE" "$@"
     if [ -f .env ]; then set -- --volume "$PWD/.env:/etc/sdxl-runtime/.env:ro,Z" "$@"; fi

@@ -305,8 +305,33 @@ def test_monitor_and_network_policy_find_the_pods(overlay: str, tmp_path: Path) 
     policy = of_kind(compose(tmp_path, "services/demo", "network-policy"), "NetworkPolicy")
     for selector in (of_kind(render("monitoring"), "PodMonitor")["spec"]["selector"], policy["spec"]["podSelector"]):
         assert selector["matchLabels"].items() <= labels.items()
-    ports = {each["port"] for rule in policy["spec"]["ingress"] for each in rule["ports"]}
-    assert runtime_container()["ports"][0]["containerPort"] in ports
+    assert runtime_container()["ports"][0]["containerPort"] in ports(policy, "ingress")
+
+
+def ports(policy: Object, direction: str) -> set[int]:
+    return {each["port"] for rule in policy["spec"][direction] for each in rule["ports"]}
+
+
+def test_what_stands_beside_the_server_is_let_through() -> None:
+    policy = read("components/network-policy/networkpolicy.yaml")
+    # Knative's queue-proxy: requests, and what the autoscaler and Prometheus read.
+    assert {8012, 9090, 9091} <= ports(policy, "ingress")
+    # The proxy of OpenShift AI's token authentication, and the API server that it asks.
+    assert 8443 in ports(policy, "ingress") and 6443 in ports(policy, "egress")
+    (selector,) = [
+        each["namespaceSelector"] for each in policy["spec"]["ingress"][0]["from"] if "podSelector" not in each
+    ]
+    (names,) = [each["values"] for each in selector["matchExpressions"]]
+    assert {"kourier-system", "knative-serving-ingress"} <= set(names) and names == sorted(names)
+
+
+def test_a_monitor_with_the_servers_key_is_valid() -> None:
+    """With the lines that are comments for a server without one."""
+    text = (DEPLOY / "monitoring/podmonitor.yaml").read_text(encoding="utf-8")
+    monitor = yaml.safe_load(re.sub(r"^      # (?=authorization:|  )", "      ", text, flags=re.MULTILINE))
+    endpoints = monitor["spec"]["podMetricsEndpoints"]
+    assert [each["authorization"]["credentials"]["name"] for each in endpoints] == ["sdxl-api-key"] * 2
+    check([monitor])
 
 
 def restricted(container: Object) -> bool:

@@ -21,7 +21,7 @@ import yaml
 
 from app import errors
 from app.telemetry import Telemetry
-from tests.deploy.manifests import DEPLOY, render
+from tests.deploy.manifests import DEPLOY, examples, render
 from tests.e2e.conftest import Server, running_server
 
 PROMETHEUS = shutil.which("prometheus")
@@ -42,16 +42,24 @@ PANELS = [
 
 
 def keda_queries() -> list[str]:
-    """What autoscaling asks about a service called sdxl."""
+    """What autoscaling asks about a service called sdxl, by the component and by the example in the page about it."""
     text = (DEPLOY / "components/keda/autoscaling.yaml").read_text(encoding="utf-8").replace('"any"', '"sdxl"')
     return [
         each["external"]["metric"]["query"]
-        for each in yaml.safe_load(text)["spec"]["predictor"]["autoScaling"]["metrics"]
+        for service in (yaml.safe_load(text), *examples(DEPLOY / "scaling.md"))
+        for each in service["spec"]["predictor"].get("autoScaling", {}).get("metrics", [])
     ]
 
 
 def panel_queries() -> list[tuple[str, str]]:
     return [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
+
+
+def filled_in(query: str) -> str:
+    """A panel's query with a value for every variable of the dashboard."""
+    for variable, text in {"$__rate_interval": "1m", "$namespace": ".*", "$model": ".*"}.items():
+        query = query.replace(variable, text)
+    return query
 
 
 def queries() -> list[tuple[str, str]]:
@@ -121,6 +129,49 @@ def test_every_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("alerts.yaml"), tmp_path)
     promtool("test", "rules", str(tmp_path / "alerts.yaml"))
+
+
+@needs_promtool
+def test_a_replica_that_two_monitors_scrape_counts_once(tmp_path: Path) -> None:
+    """As on OpenShift AI, which makes a service monitor beside our pod monitor."""
+    series = {
+        'sdxl_queue_seconds{model_name="sdxl", ': "10x40",
+        'sdxl_pending_images{model_name="sdxl", ': "3x40",
+        'sdxl_running_images{model_name="sdxl", ': "2x40",
+        'sdxl_model_ready{model_name="sdxl", ': "1x40",
+        'sdxl_images_total{model_name="sdxl", ': "0+15x40",
+        'sdxl_rejected_total{model_name="sdxl", reason="overloaded", ': "0+15x40",
+        'sdxl_rejected_total{model_name="sdxl", reason="invalid_request", ': "0+30x40",
+    }
+    monitors = (
+        'job="ns/sdxl-runtime", endpoint="http1"}',
+        'job="sdxl-metrics", endpoint="sdxl-runtime-metrics", service="sdxl-metrics"}',
+    )
+    replicas = [f'namespace="ns", pod="{pod}", instance="{pod}:8080", container="kserve-container", ' for pod in "ab"]
+    panels = {title: filled_in(query) for title, query in panel_queries()}
+    expected = {
+        **dict(zip(keda_queries(), (20, 10, 20), strict=True)),
+        panels["Ready replicas"]: 2,
+        panels["Images per minute"]: 120,
+        panels["Requests turned away per minute"].removesuffix(" or vector(0)"): 360,
+    }
+    cases = [
+        {
+            "expr": query,
+            "eval_time": "5m",
+            "exp_samples": [{"labels": '{model_name="sdxl"}' if "by (model_name)" in query else "{}", "value": value}],
+        }
+        for query, value in expected.items()
+    ]
+    inputs = [
+        {"series": metric + replica + monitor, "values": values}
+        for metric, values in series.items()
+        for replica in replicas
+        for monitor in monitors
+    ]
+    test = {"interval": "15s", "input_series": inputs, "promql_expr_test": cases}
+    (tmp_path / "twice.yaml").write_text(yaml.safe_dump({"tests": [test]}), encoding="utf-8")
+    promtool("test", "rules", str(tmp_path / "twice.yaml"))
 
 
 def test_every_alert_has_a_test_in_which_it_fires() -> None:
@@ -237,8 +288,7 @@ def value(address: str, query: str) -> list[float]:
 @needs_prometheus
 @pytest.mark.parametrize(("title", "query"), panel_queries(), ids=lambda text: text[:24])
 def test_every_panel_has_data(prometheus: str, title: str, query: str) -> None:
-    for variable, text in {"$__rate_interval": "1m", "$namespace": ".*", "$model": ".*"}.items():
-        query = query.replace(variable, text)
+    query = filled_in(query)
     found = value(prometheus, query)
     assert found and not all(math.isnan(each) for each in found), f"{title}: {query}"
 

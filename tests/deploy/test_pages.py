@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,29 @@ def test_a_kustomization_of_ones_own_works(tmp_path: Path) -> None:
     assert all(each["metadata"]["namespace"] == "pictures" for each in kinds.values())
     for metric in kinds["InferenceService"]["spec"]["predictor"]["autoScaling"]["metrics"]:
         assert 'namespace=~"pictures"' in metric["external"]["metric"]["query"]
+
+
+IMAGED = [
+    re.sub(r"\s*\\\n\s*", " ", each)
+    for each in re.findall(r"^(?:kubectl kustomize|sed) (?:.*\\\n)*.*$", README, re.MULTILINE)
+]
+
+
+def test_the_commands_that_name_the_image_are_all_that_need_it() -> None:
+    assert all(re.search(r" \| (?:kubectl|oc) apply .*-f -$", each) for each in IMAGED)
+    read = " ".join(IMAGED)
+    for path in ("runtime/base", "runtime/openshift-ai", "runtime/openshift-ai/template.yaml", "storage"):
+        assert re.search(rf"deploy/{path} ", read), path
+
+
+@pytest.mark.parametrize("command", IMAGED)
+def test_a_command_of_the_page_gives_the_cluster_the_image_that_was_pushed(command: str) -> None:
+    if "kubectl kustomize" in command and not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed")
+    (pushed,) = re.findall(r"^podman push (\S+)$", README, re.MULTILINE)
+    pipeline = re.sub(r" \| (?:kubectl|oc) apply .*$", "", command)
+    applied = subprocess.run(["sh", "-c", pipeline], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"image: (\S+)", applied) == [pushed]
 
 
 def test_the_count_of_replicas_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,34 @@ def test_the_server_takes_its_flags(script: Path, programs: Path) -> None:
     assert (settings.http_port, settings.max_queue) == (9000, 16)
 
 
+def started_without_a_path(folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script in a copy of the checkout, where nothing is on the PATH but what the script itself needs."""
+    dirname = shutil.which("dirname")
+    assert dirname is not None
+    (folder / "path").mkdir()
+    (folder / "path/dirname").symlink_to(dirname)
+    shutil.copytree(DEPLOY, folder / "checkout/deploy")
+    script = folder / "checkout/deploy/start-base.sh"
+    environment = {"PATH": str(folder / "path")}
+    return subprocess.run([str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_checkouts_own_server_serves_where_none_is_on_the_path(programs: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkout/.venv").mkdir(parents=True)
+    programs.rename(tmp_path / "checkout/.venv/bin")
+    result = started_without_a_path(tmp_path)
+    assert result.returncode == 0, result.stderr
+    program, *flags = result.stdout.splitlines()
+    assert program == "sdxl-runtime"
+    assert settings_of(flags).http_port == 8080
+
+
+def test_without_any_server_a_sentence_says_so(tmp_path: Path) -> None:
+    result = started_without_a_path(tmp_path)
+    assert result.returncode == 127
+    assert result.stderr == "There is no sdxl-runtime on the PATH or in .venv: run make install, or name an IMAGE.\n"
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_with_an_image_podman_gets_the_same_flags(script: Path, programs: Path) -> None:
     models = str(programs.parent / "models")
