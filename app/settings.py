@@ -134,7 +134,12 @@ class Settings(BaseModel):
     max_input_pixels: int = Field(
         16_777_216, ge=64, description="Most pixels of all input images of one request, before they are resized."
     )
-    max_body_size: int = Field(33_554_432, ge=1024, description="Most bytes of a request body, also once unpacked.")
+    max_body_size: int = Field(
+        33_554_432,
+        ge=1024,
+        description="Most bytes of a request body, also once unpacked. Eight such bodies, or more smaller ones, are held at a "
+        "time; others wait.",
+    )
     body_timeout: float = Field(
         30.0,
         gt=0,

@@ -58,7 +58,7 @@ _ERRORS = {
         "The Idempotency-Key came with another request before.",
         "This Idempotency-Key came with another request before; take a new key for a new request.",
     ),
-    429: ("The queue is full.", "The queue is full (128 of 128 images); try again in 12 seconds."),
+    429: ("There is no place now.", "The queue is full (128 of 128 images); try again in 12 seconds."),
     499: (
         "The request was cancelled by its id, or the caller left, which only the log shows.",
         "The request was cancelled.",

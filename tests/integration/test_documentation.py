@@ -21,7 +21,7 @@ from app.api.offer import CONDITIONS, PICKY_SCHEDULERS
 from app.engine.family import Family
 from app.engine.scheduler_names import NAMES
 from app.errors import InvalidRequest, StartupError
-from app.generation import MAX_SEED, PARAMETERS, ImageTask, Kind
+from app.generation import MAX_SEED, PARAMETERS, GenerateRequest, ImageTask, Kind
 from app.images import decode_images
 from app.main import create_app
 from app.protocol.infer_request import parse_infer
@@ -105,6 +105,22 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 async def document(client: httpx.AsyncClient) -> dict[str, Any]:
     found: dict[str, Any] = (await client.get("/openapi.json")).json()
     return found
+
+
+async def test_the_document_is_made_with_few_trials_and_while_others_are_answered() -> None:
+    tried: list[int] = []
+
+    class Tried(Strict):
+        def resolve(self, request: GenerateRequest) -> GenerateRequest:
+            tried.append(threading.get_ident())
+            return super().resolve(request)
+
+    async with serve(Tried) as client:
+        await wait_until_ready(client)
+        tried.clear()
+        assert (await client.get("/openapi.json")).status_code == 200
+    assert 0 < len(tried) < 500
+    assert threading.get_ident() not in tried
 
 
 def infer_operation(document: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tests.fakes import (
     LosesTheDevice,
     StopsHalfway,
     Timed,
+    Unprepared,
 )
 from tests.simulation import Simulation, places_taken
 
@@ -147,6 +148,21 @@ def test_those_who_took_the_step_before_it_failed_do_not_take_it_twice() -> None
     assert simulation.metric("sdxl_steps_total") == 18
 
 
+def test_a_request_that_fails_is_one_line_in_the_log_with_its_id_and_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    simulation = Simulation(FailsAt("step"))
+    failing = simulation.submit("fail", request_id="first", num_images_per_prompt=2)
+    left = simulation.submit("leaves", request_id="second")
+    left.leave()
+    simulation.run()
+    (line,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert str(failure(failing)) in line.getMessage()
+    assert (line.request_id, line.fields) == ("first", {"reason": "generation_failed"})  # type: ignore[attr-defined]
+    traces = [record for record in caplog.records if record.exc_info]
+    assert traces and all(record.request_id == "first" for record in traces)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("stage", ["encode", "begin", "step", "decode"])
 def test_a_request_that_breaks_a_stage_fails_alone_and_its_neighbours_get_their_pictures(stage: str) -> None:
     simulation = Simulation(FailsAt(stage))
@@ -195,6 +211,13 @@ def test_pictures_decoded_twice_are_counted() -> None:
         simulation.submit(seed=seed)
     simulation.run()
     assert simulation.metric("sdxl_decode_retries_total") == 3
+
+
+def test_passes_that_nothing_was_compiled_for_are_counted() -> None:
+    simulation = Simulation(Unprepared())
+    simulation.submit(num_inference_steps=3)
+    simulation.run()
+    assert simulation.metric("sdxl_unexpected_shapes_total") == 3
 
 
 # --- What exceptions mean --------------------------------------------------------------------------------------
