@@ -55,7 +55,7 @@ class Bodies:
                 f"The content encoding {describe(encoding)} is not spoken here; use gzip or deflate."
             )
         with contextlib.ExitStack() as held:
-            yield await self._read(request, encoding, self._most(request), held)
+            yield await self._read(request, encoding, held)
 
     async def discard(self, request: Request) -> None:
         """Read the body and keep nothing: many clients look for an answer only when they have sent everything."""
@@ -64,15 +64,16 @@ class Bodies:
                 async for _ in request.stream():
                     pass
 
-    def _most(self, request: Request) -> int:
-        """Bytes that the body may come to, as it is sent."""
+    def _most(self, request: Request, encoding: str) -> int:
+        """Bytes that the body may come to."""
         declared = request.headers.get("content-length", "")
         size = int(declared[:20]) if declared.isdecimal() else self._limit
         if size > self._limit:
             raise self._too_large()
-        return size
+        return size if encoding in PLAIN else size + self._limit
 
-    async def _read(self, request: Request, encoding: str, most: int, held: contextlib.ExitStack) -> bytes:
+    async def _read(self, request: Request, encoding: str, held: contextlib.ExitStack) -> bytes:
+        most = self._most(request, encoding)
         body = bytearray()
         waiting = False
         try:
@@ -88,6 +89,9 @@ class Bodies:
                         waiting = False
                         # What was waited for is no fault of the client's.
                         patience.reschedule(asyncio.get_running_loop().time() + self._timeout)
+                if len(body) <= SMALL and encoding not in PLAIN:
+                    waiting = True
+                    await self._take(most, held)
         except TimeoutError:
             if waiting:
                 sentence = "The server holds as many large bodies as it has room for; send this one again later."

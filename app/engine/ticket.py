@@ -170,6 +170,8 @@ class Ticket:
 
     def drop_inputs(self) -> None:
         """Let go of the input images, once all pictures are painted: the answer needs none, and may be kept."""
+        if all(request.image is None for request in self.requests):
+            return
         self.requests = [replace(request, image=None, mask_image=None) for request in self.requests]
         for image in self.images:
             image.request = replace(image.request, image=None, mask_image=None)

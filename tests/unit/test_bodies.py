@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -19,9 +20,12 @@ LIMIT = 1_000_000
 class Sender:
     """A client that sends what a test puts."""
 
-    def __init__(self, declared: int | None) -> None:
+    def __init__(self, declared: int | None, packed: bytes = b"") -> None:
         self._chunks: asyncio.Queue[tuple[bytes, bool]] = asyncio.Queue()
         headers = [(b"transfer-encoding", b"chunked")] if declared is None else [(b"content-length", b"%d" % declared)]
+        if packed:
+            headers.append((b"content-encoding", b"gzip"))
+            self._chunks.put_nowait((packed, False))
         self.request = Request({"type": "http", "method": "POST", "path": "/", "headers": headers}, self._receive)
 
     async def _receive(self) -> dict[str, Any]:
@@ -96,6 +100,17 @@ async def test_who_sends_slowly_holds_nothing_until_much_of_it_is_here() -> None
     for sender in slow:
         sender.send(LIMIT - 1000)
     assert await asyncio.gather(*reading) == [LIMIT] * len(slow)
+
+
+async def test_what_is_packed_has_room_for_what_it_unpacks_to_or_waits() -> None:
+    all_ = bodies()
+    packed = gzip.compress(bytes(LIMIT))
+    async with AsyncExitStack() as stack:
+        await hold(stack, all_, AT_A_TIME - 1)
+        waiting = [asyncio.create_task(read(all_, Sender(len(packed), packed))) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in waiting)
+    assert await asyncio.gather(*waiting) == [LIMIT] * 3
 
 
 async def test_a_body_that_stops_is_given_up_and_its_room_with_it() -> None:
