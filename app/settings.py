@@ -137,8 +137,8 @@ class Settings(BaseModel):
     max_body_size: int = Field(
         33_554_432,
         ge=1024,
-        description="Most bytes of a request body, also once unpacked. Eight such bodies, or more smaller ones, are held at a "
-        "time; others wait.",
+        description="Most bytes of a request body, also once unpacked. Eight such bodies, or more smaller ones, are "
+        "held at a time; others wait.",
     )
     body_timeout: float = Field(
         30.0,
