@@ -360,6 +360,14 @@ class CannotPreview(Instant):
         raise RuntimeError("preview broke")
 
 
+class Unprepared(Instant):
+    """Has compiled nothing for what is asked of it."""
+
+    def step(self, jobs: Sequence[FakeJob]) -> None:
+        self.unexpected_shapes += 1
+        super().step(jobs)
+
+
 class DecodesTwice(Instant):
     """Needs a second try for every picture."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import inspect
+import io
 import json
 import logging
 import re
@@ -15,15 +18,21 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
+from app.engine.batcher import Batcher
 from app.engine.family import Family
-from app.errors import ModelLoadFailed
+from app.errors import ModelLoadFailed, Overloaded
+from app.generation import GenerateRequest
 from app.main import create_app
 from app.settings import Settings
 from app.start import PHASES, Timeline
 from tests.fakes import Dies, FailsAt, Gated, Instant, RunsOutOfMemory, Warns
 
 INFER = "/v2/models/m/infer"
+WAIT = 30.0
+START_SECONDS = 300.0
+"""For models that are loaded, and compiled, in other files."""
 
 
 def prompt(text: str = "a cat", **parameters: Any) -> dict[str, Any]:
@@ -39,15 +48,29 @@ async def running(
     options: dict[str, Any] = {"model_name": "m", "warm_up": False, "grace_period": 1.0, **settings}
     app = create_app(Settings(**options), load=load)
     async with app.router.lifespan_context(app), client_of(app) as client:
-        while until_ready and (answer := await client.get("/v2/health/ready")).status_code != 200:
-            assert "failed" not in answer.text
-            await asyncio.sleep(0.005)
+        if until_ready:
+            await until(client, "/v2/health/ready", is_ready, START_SECONDS)
         yield client
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://runtime")
+
+
+async def until(
+    client: httpx.AsyncClient, path: str, holds: Callable[[httpx.Response], bool], seconds: float = WAIT
+) -> str:
+    """The text of the first answer at `path` for which that holds."""
+    async with asyncio.timeout(seconds):
+        while not holds(answer := await client.get(path)):
+            await asyncio.sleep(0.005)
+    return answer.text
+
+
+def is_ready(answer: httpx.Response) -> bool:
+    assert "failed" not in answer.text
+    return answer.status_code == 200
 
 
 def metric(text: str, name: str) -> float:
@@ -70,8 +93,7 @@ async def test_the_server_is_live_before_it_is_ready_and_says_why_it_is_not() ->
         refused = await client.post(INFER, json=prompt())
         assert refused.status_code == 503 and "loading" in refused.json()["error"]
         loaded.set()
-        while (await client.get("/v2/health/ready")).status_code != 200:
-            await asyncio.sleep(0.005)
+        await until(client, "/v2/health/ready", is_ready)
         assert (await client.post(INFER, json=prompt())).status_code == 200
 
 
@@ -93,8 +115,7 @@ async def test_readiness_says_what_loading_is_at(monkeypatch: pytest.MonkeyPatch
         refused = await client.post(INFER, json=prompt())
         assert refused.json()["error"].startswith("The model m is loading: reading unet (1.2 of 5.1 GB); try again")
         loaded.set()
-        while (await client.get("/v2/models/m/ready")).status_code != 200:
-            await asyncio.sleep(0.005)
+        await until(client, "/v2/models/m/ready", is_ready)
 
 
 async def test_log_and_metrics_say_what_the_start_consisted_of(
@@ -124,8 +145,7 @@ async def test_a_model_that_cannot_be_loaded_never_becomes_ready() -> None:
         raise ModelLoadFailed("no such folder")
 
     async with running(load, until_ready=False) as client:
-        while "failed" not in (await client.get("/v2/health/ready")).text:
-            await asyncio.sleep(0.005)
+        await until(client, "/v2/health/ready", lambda answer: "failed" in answer.text)
         assert (await client.post(INFER, json=prompt())).status_code == 503
 
 
@@ -165,11 +185,11 @@ async def test_a_full_queue_is_429_with_the_seconds_to_wait_and_is_counted() -> 
     family = Gated()
     async with running(lambda: family, max_queue=2, max_images_per_request=2) as client:
         accepted = [asyncio.ensure_future(client.post(INFER, json=prompt())) for _ in range(2)]
-        while True:
-            text = (await client.get("/metrics")).text
-            if metric(text, "sdxl_running_images") + metric(text, "sdxl_pending_images") == 2:
-                break
-            await asyncio.sleep(0.005)
+        await until(
+            client,
+            "/metrics",
+            lambda answer: metric(answer.text, "sdxl_running_images") + metric(answer.text, "sdxl_pending_images") == 2,
+        )
         refused = [await client.post(INFER, json=prompt()) for _ in range(5)]
         assert {answer.status_code for answer in refused} == {429}
         assert all(int(answer.headers["Retry-After"]) >= 1 and answer.json()["error"] for answer in refused)
@@ -177,6 +197,16 @@ async def test_a_full_queue_is_429_with_the_seconds_to_wait_and_is_counted() -> 
         assert {answer.status_code for answer in await asyncio.gather(*accepted)} == {200}
         text = (await client.get("/metrics")).text
         assert 'sdxl_rejected_total{model_name="m",reason="overloaded"} 5.0' in text
+
+
+async def test_a_wait_is_told_in_whole_seconds_that_are_enough() -> None:
+    class Full(Instant):
+        def resolve(self, request: GenerateRequest) -> GenerateRequest:
+            raise Overloaded("The queue is full.", 41.2)
+
+    async with running(Full) as client:
+        refused = await client.post(INFER, json=prompt())
+        assert refused.status_code == 429 and refused.headers["Retry-After"] == "42"
 
 
 async def test_a_client_that_hangs_up_is_cancelled_and_its_place_given_back() -> None:
@@ -199,9 +229,7 @@ async def test_a_client_that_hangs_up_is_cancelled_and_its_place_given_back() ->
                  "http_version": "1.1", "scheme": "http", "server": ("runtime", 80)}  # fmt: skip
         await app.app(scope, receive, send)
         family.permit(1000)
-        while metric((await client.get("/metrics")).text, "sdxl_cancelled_total") < 1:
-            await asyncio.sleep(0.005)
-        text = (await client.get("/metrics")).text
+        text = await until(client, "/metrics", lambda answer: metric(answer.text, "sdxl_cancelled_total") >= 1)
         assert metric(text, "sdxl_pending_images") == metric(text, "sdxl_running_images") == 0
         assert len(family.passes) <= 1
 
@@ -214,6 +242,20 @@ async def test_a_deadline_of_the_request_is_504() -> None:
         await asyncio.sleep(0.1)
         family.permit(1000)
         assert (await answer).status_code == 504
+
+
+@pytest.mark.parametrize("parameters", [{}, {"timeout": 10_000_000_000}])
+async def test_no_request_has_more_time_than_the_server_gives(parameters: dict[str, Any]) -> None:
+    family = Gated()
+    async with running(lambda: family, request_timeout=0.05) as client:
+        assert (await client.post(INFER, json=prompt(**parameters))).status_code == 504
+        family.permit(1000)
+
+
+async def test_limits_hold_for_the_models_own_defaults_too() -> None:
+    async with running(Instant, max_pixels=100) as client:
+        refused = await client.post(INFER, json=prompt())
+        assert refused.status_code == 400 and "max_pixels" in refused.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -230,14 +272,15 @@ async def test_a_failure_is_one_error_and_the_next_request_gets_its_picture(
     async with running(lambda: family) as client:
         failed = await client.post(INFER, json=request_body)
         assert failed.status_code == status and list(failed.json()) == ["error"]
+        text = (await client.get("/metrics")).text
+        assert metric(text, "sdxl_failed_total") == 1 and metric(text, "sdxl_rejected_total") == 0
         assert (await client.post(INFER, json=prompt())).status_code == 200
 
 
 async def test_a_dead_device_thread_is_not_live() -> None:
     async with running(Dies) as client:
         assert (await client.post(INFER, json=prompt())).status_code == 500
-        while (await client.get("/v2/health/live")).status_code != 503:
-            await asyncio.sleep(0.005)
+        await until(client, "/v2/health/live", lambda answer: answer.status_code == 503)
         assert (await client.get("/v2/health/ready")).status_code == 503
         assert (await client.post(INFER, json=prompt())).status_code == 503
 
@@ -260,6 +303,7 @@ async def test_metrics_carry_kserves_names_and_no_label_that_a_caller_chose() ->
     for name in ("preprocess", "predict", "postprocess"):
         assert f'request_{name}_seconds_count{{model_name="m"}} 1.0' in text
         assert f'request_{name}_seconds_bucket{{le="600.0",model_name="m"}} 1.0' in text
+        assert metric(text, f"request_{name}_seconds_sum") > 0
     assert 'sdxl_images_total{model_name="m"} 3.0' in text
     assert 'sdxl_steps_total{model_name="m"} 12.0' in text
     assert 'sdxl_rejected_total{model_name="m",reason="model_not_found"} 1.0' in text
@@ -304,6 +348,13 @@ async def test_the_latency_line_names_the_request_and_its_stages_and_never_the_p
     assert "secret wish" not in caplog.text
 
 
+async def test_no_latency_line_is_written_where_none_is_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        async with running(Instant, enable_latency_logging=False) as client:
+            assert (await client.post(INFER, json=prompt())).status_code == 200
+    assert "infer" not in caplog.messages
+
+
 async def test_the_access_log_writes_paths_as_they_were_asked_for_and_nothing_else_through(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -332,3 +383,36 @@ async def test_seeds_are_drawn_when_nobody_chose_one_and_named_in_the_answer() -
         assert seeds[0] != seeds[1] and all(second == first + 1 for first, second in seeds)
         again = (await client.post(INFER, json=prompt(seed=seeds[0][1]))).json()
         assert again["outputs"][0]["data"][0] == answers[0]["outputs"][0]["data"][1]
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+async def test_a_picture_tells_how_it_was_made_unless_the_server_keeps_that_back(embedded: bool) -> None:
+    async with running(Instant, embed_metadata=embedded) as client:
+        answer = (await client.post(INFER, json=prompt())).json()
+    picture: Any = Image.open(io.BytesIO(base64.b64decode(answer["outputs"][0]["data"][0])))
+    assert bool(picture.text) == embedded
+
+
+def test_every_setting_of_the_engine_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Noted(Batcher):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            given.update(options)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("app.main.Batcher", Noted)
+    settings: dict[str, Any] = {
+        "max_queue": 17,
+        "max_batch_size": 3,
+        "max_batch_pixels": 70_000,
+        "max_queue_seconds": 11.0,
+        "step_timeout": 7.0,
+        "idempotency_seconds": 13.0,
+        "encode_threads": 5,
+        "embed_metadata": False,
+        "warm_up": False,
+    }
+    assert settings.keys() == inspect.signature(Batcher).parameters.keys() & Settings.model_fields.keys()
+    create_app(Settings(**settings))
+    assert settings.items() <= given.items()

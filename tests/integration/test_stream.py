@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -20,6 +20,7 @@ from app.generation import GenerateRequest
 from app.main import create_app
 from app.settings import Settings
 from tests.fakes import CannotPreview, Dies, FailsAt, Gated, Instant, LosesTheDevice, Previews
+from tests.integration.test_app import is_ready, metric, until
 
 WAIT = 30
 MODEL = "/v2/models/m"
@@ -89,21 +90,14 @@ class Server:
         return Stream(self._app, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
 
     async def metric(self, name: str) -> float:
-        text = (await self.client.get("/metrics")).text
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+        return metric((await self.client.get("/metrics")).text, name)
+
+    async def until(self, name: str, value: float) -> None:
+        await until(self.client, "/metrics", lambda answer: metric(answer.text, name) == value)
 
     async def assert_empty(self) -> None:
         for name in ("sdxl_pending_images", "sdxl_running_images", "sdxl_open_streams", "sdxl_queue_seconds"):
-            await until(lambda name=name: self._is_zero(name))
-
-    async def _is_zero(self, name: str) -> bool:
-        return await self.metric(name) == 0
-
-
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(WAIT):
-        while not await holds():
-            await asyncio.sleep(0.005)
+            await self.until(name, 0)
 
 
 @contextlib.asynccontextmanager
@@ -112,8 +106,7 @@ async def running(family: Family[Any], **settings: Any) -> AsyncIterator[Server]
     app = create_app(Settings(**options), load=lambda: family)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://r") as client:
-        while (await client.get("/v2/health/ready")).status_code != 200:
-            await asyncio.sleep(0.005)
+        await until(client, "/v2/health/ready", is_ready)
         try:
             yield Server(app, client)
         finally:
@@ -471,11 +464,7 @@ async def test_a_request_that_comes_twice_is_painted_once_while_it_runs_and_afte
             asyncio.ensure_future(server.client.post(f"{MODEL}/infer", json=infer_body(), headers=headers))
             for _ in range(2)
         )
-
-        async def joined() -> bool:
-            return await server.metric('sdxl_idempotent_total{model_name="m",outcome="joined"') == 1
-
-        await until(joined)
+        await server.until('sdxl_idempotent_total{model_name="m",outcome="joined"', 1)
         family.permit(100)
         answers = [await first, await second]
         answers.append(await server.client.post(f"{MODEL}/infer", json=infer_body(), headers=headers))
@@ -486,7 +475,18 @@ async def test_a_request_that_comes_twice_is_painted_once_while_it_runs_and_afte
         assert other.status_code == 409 and "new key" in other.json()["error"]
         stream = server.stream(infer_body(), f"{MODEL}/infer_stream", Idempotency_Key="order 1")
         assert (await stream.start())[0] == 409, "another path is another request"
+        headers["Inference-Header-Content-Length"] = str(len(answers[0].request.content))
+        other = await server.client.post(f"{MODEL}/infer", json=infer_body(), headers=headers)
+        assert other.status_code == 409, "another length of the JSON is another request"
         await server.assert_empty()
+
+
+async def test_a_server_that_keeps_no_answers_paints_anew_what_comes_after_the_end() -> None:
+    async with running(family := Instant(), idempotency_seconds=0) as server:
+        for _ in range(2):
+            answer = await server.client.post(f"{MODEL}/infer", json=infer_body(), headers={"Idempotency-Key": "k"})
+            assert answer.status_code == 200
+        assert len(family.began) == 2
 
 
 async def test_a_stream_that_comes_again_after_its_end_is_told_the_answer_at_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from app import heap
 from app.engine.batcher import Batcher, Ticket
 from app.engine.family import Family
 from app.errors import (
@@ -22,7 +24,7 @@ from app.errors import (
     Overloaded,
     ShuttingDown,
 )
-from app.generation import GenerateRequest, Progress
+from app.generation import MAX_SEED, GenerateRequest, Progress
 from app.telemetry import Telemetry
 from tests.fakes import Dies, FailsAt, Gated, Instant, ReadsSlowly, RunsOutOfMemory, Slow
 from tests.simulation import places_taken
@@ -89,6 +91,11 @@ def test_a_request_gets_its_pictures_with_seeds_counted_up(harness: Callable[...
     assert [image.seed for image in result.images] == [7, 8, 9]
     assert all(image.encoded.startswith(b"\x89PNG") for image in result.images)
     assert {image.pixels.data[0] for image in result.images} == {(ord("p") + seed) % 256 for seed in (7, 8, 9)}
+
+
+def test_after_the_largest_seed_comes_zero(harness: Callable[..., Harness]) -> None:
+    result = harness(Instant()).submit(seed=MAX_SEED, num_images_per_prompt=2).future.result(WAIT)
+    assert [image.seed for image in result.images] == [MAX_SEED, 0]
 
 
 def test_pictures_of_several_prompts_come_in_the_order_of_the_prompts(harness: Callable[..., Harness]) -> None:
@@ -318,6 +325,15 @@ def test_closing_ends_what_does_not_finish(grace: float, harness: Callable[..., 
         ticket.future.result(WAIT)
     closer.join(WAIT)
     eventually(lambda: not each.batcher.alive)
+
+
+def test_memory_that_nobody_uses_is_given_back_once_in_a_while(
+    harness: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr(heap, "trim", trimmed.set)
+    harness(Instant(), clock=itertools.count(0.0, heap.TRIM_EVERY).__next__)
+    assert trimmed.wait(WAIT)
 
 
 def test_a_model_that_cannot_be_loaded_says_why() -> None:

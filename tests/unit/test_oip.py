@@ -219,6 +219,11 @@ def test_a_timeout_is_given_in_microseconds_and_zero_means_none() -> None:
     assert parse(PROMPT, parameters={"timeout": 0}).timeout is None
 
 
+def test_a_priority_of_zero_means_none() -> None:
+    assert parse(PROMPT, parameters={"priority": 2}).priority == 2
+    assert parse(PROMPT, parameters={"priority": 0}).priority is None
+
+
 def test_nulls_count_as_absent() -> None:
     call = parse({**PROMPT, "parameters": None}, id=None, parameters=None, outputs=None)
     assert call.id is None

@@ -209,6 +209,14 @@ def test_two_sizes_that_need_the_same_wait_the_same() -> None:
     assert max(means) < 1.3 * min(means)
 
 
+def test_passes_that_could_not_be_shared_with_the_one_before_are_counted() -> None:
+    simulation, _ = timed()
+    for width in (16, 32, 32, 16):
+        simulation.submit(width=width)
+        simulation.run()
+    assert simulation.metric("sdxl_turn_switches_total") == 2
+
+
 # --- What a pass holds -----------------------------------------------------------------------------------------
 
 
