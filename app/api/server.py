@@ -6,8 +6,12 @@ Knows no routes and no model.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import ssl
+import struct
+import termios
 import time
 from collections.abc import Callable
 from socket import socket
@@ -205,15 +209,23 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _watch_reader(self) -> None:
+        if self._reader_timer is None and self.transport.get_write_buffer_size():
+            self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, self._untaken())
+
+    def _untaken(self) -> int:
+        """Bytes that the client has not taken. The system's own are among them: it asks for more only when it has room
+        for a megabyte, for which a slow client takes long."""
         waiting = self.transport.get_write_buffer_size()
-        if waiting and self._reader_timer is None:
-            self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, waiting)
+        connection = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):
+            waiting += struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+        return waiting
 
     def _check_reader(self, before: int) -> None:
         self._reader_timer = None
         # While more may be written, as much may have been taken as was added.
         is_all = self.flow.write_paused or not self._is_answering
-        if is_all and self.transport.get_write_buffer_size() == before:
+        if is_all and self._untaken() == before:
             logger.info("a client took nothing of its answer for %g seconds: its connection is closed", self._timeout)
             self.transport.abort()
         else:
