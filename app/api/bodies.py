@@ -75,32 +75,24 @@ class Bodies:
     async def _read(self, request: Request, encoding: str, held: contextlib.ExitStack) -> bytes:
         most = self._most(request, encoding)
         body = bytearray()
-        waiting = False
         try:
             async with asyncio.timeout(self._timeout) as patience:
                 async for chunk in request.stream():
-                    small = len(body) <= SMALL
                     body += chunk
                     if len(body) > self._limit:
                         raise self._too_large()
-                    if small and len(body) > SMALL:
-                        waiting = True
+                    if len(body) - len(chunk) <= SMALL < len(body):
+                        patience.reschedule(None)  # the wait is no fault of the client's
                         await self._take(most, held)
-                        waiting = False
-                        # What was waited for is no fault of the client's.
                         patience.reschedule(asyncio.get_running_loop().time() + self._timeout)
-                if len(body) <= SMALL and encoding not in PLAIN:
-                    waiting = True
-                    await self._take(most, held)
         except TimeoutError:
-            if waiting:
-                sentence = "The server holds as many large bodies as it has room for; send this one again later."
-                raise Overloaded(sentence, RETRY_AFTER) from None
             raise BodyTooSlow(f"The body did not arrive within {self._timeout:g} seconds.") from None
         except ClientDisconnect:
             raise Cancelled("The client closed the connection before its body was whole.") from None
         if encoding in PLAIN:
             return bytes(body)
+        if len(body) <= SMALL:
+            await self._take(most, held)
         unpacked = await asyncio.to_thread(_unpack, bytes(body), encoding, self._limit)
         if len(unpacked) > self._limit:
             raise self._too_large()
@@ -112,16 +104,24 @@ class Bodies:
     # --- Room --------------------------------------------------------------------------------------------------
 
     async def _take(self, size: int, held: contextlib.ExitStack) -> None:
-        """Wait for `size` bytes of room, which are given back when `held` ends."""
+        """Wait for `size` bytes of room, which are given back when `held` ends.
+
+        Raises:
+            Overloaded: there was none for ``body_timeout`` seconds.
+        """
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((size, turn))
         self._let_in()
         try:
-            await turn
-        except BaseException:
+            async with asyncio.timeout(self._timeout):
+                await turn
+        except BaseException as error:
             if not turn.cancel() and not turn.cancelled():
                 self._give_back(size)  # it came together with what ended the wait
             self._let_in()
+            if isinstance(error, TimeoutError):
+                sentence = "The server holds as many large bodies as it has room for; send this one again later."
+                raise Overloaded(sentence, RETRY_AFTER) from None
             raise
         held.callback(self._give_back, size)
 

@@ -93,8 +93,9 @@ def error_response(fault: RuntimeFault) -> Response:
     if isinstance(fault, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(fault, BodyTooSlow | errors.ShuttingDown):
-        # What is left of a slow body will not be read. One that is too large is, and thrown away: many clients look
-        # for an answer only when they have sent everything, and lose it when the connection is closed before.
+        # A server that ends takes nothing more, and what is left of a slow body will not be read. One that is too large
+        # is, and thrown away: many clients look for an answer only when they have sent everything, and lose it when the
+        # connection is closed before.
         headers["Connection"] = "close"
     return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
 
