@@ -156,8 +156,6 @@ class Offer:
 
     def _narrower(self, name: str, task: ImageTask) -> dict[str, Any]:
         """What holds for one parameter besides its kind."""
-        if name == "strength":
-            return {"minimum": self._least_strengths.get(task, 0)}
         side = {"multipleOf": self.size_step, "minimum": self.size_step, "maximum": self.longest_side}
         more_than_zero = {"minimum": None, "exclusiveMinimum": 0}
         default = self._defaults[task].scheduler if task in self._defaults else None
@@ -167,6 +165,7 @@ class Offer:
             "width": side,
             "num_inference_steps": {"maximum": self.limits.max_steps},
             "num_images_per_prompt": {"maximum": self.limits.max_images_per_request},
+            "strength": {"minimum": self._least_strengths.get(task, 0)},
             "denoising_end": more_than_zero,
             "denoising_limit": more_than_zero,
             "scheduler": {"maxLength": None, "pattern": None, "enum": list(dict.fromkeys(filter(None, schedulers)))},

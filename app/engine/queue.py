@@ -179,7 +179,7 @@ class Queue:
 
     def _accept(self, ticket: Ticket, priority: int) -> Ticket:
         now = ticket.accepted
-        work = admission.schedule([ticket], self._costs)[ticket]
+        work = admission.schedule([ticket], self._costs)[ticket]  # of one device
         alone = self._schedule([ticket])[ticket]
         ticket.due = policy.due(now, alone, ticket.deadline - now, priority)
         forecast = self._schedule(self.tickets)

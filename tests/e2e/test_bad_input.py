@@ -24,6 +24,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Server
+from tests.waiting import until
 
 INFER = "/v2/models/sdxl/infer"
 JSON_LENGTH = "Inference-Header-Content-Length"
@@ -54,7 +55,7 @@ def _nobody_else_notices(server: Server, client: httpx.Client, picture: bytes) -
     log_before = len(server.log())
     yield
     assert paint(client) == picture
-    wait_until(lambda: unfinished_images(server) == 0, "a request is still held")
+    until(lambda: unfinished_images(server) == 0, "a request is still held")
     assert "Traceback" not in server.log()[log_before:], server.log()[log_before:]
 
 
@@ -68,13 +69,6 @@ def paint(client: httpx.Client, **headers: str) -> bytes:
 
 def unfinished_images(server: Server) -> float:
     return server.metric("sdxl_pending_images") + server.metric("sdxl_running_images")
-
-
-def wait_until(condition: Callable[[], bool], complaint: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, complaint
-        time.sleep(0.05)
 
 
 def peak_memory(server: Server) -> int:
@@ -1204,10 +1198,10 @@ class TestClientsThatLeave:
         content = json.dumps(parameters(width=512, height=512, num_inference_steps=150)).encode()
         with connect(server) as connection:
             connection.sendall(head(len(content)) + content)
-            wait_until(lambda: server.metric("sdxl_steps_total") > steps, "no step was taken")
+            until(lambda: server.metric("sdxl_steps_total") > steps, "no step was taken")
             assert server.metric("sdxl_running_images") == 1
-        wait_until(lambda: server.metric("sdxl_cancelled_total") == cancelled + 1, "it was not cancelled")
-        wait_until(lambda: unfinished_images(server) == 0, "its place was not given back")
+        until(lambda: server.metric("sdxl_cancelled_total") == cancelled + 1, "it was not cancelled")
+        until(lambda: unfinished_images(server) == 0, "its place was not given back")
         assert server.metric("sdxl_steps_total") - steps < 150
 
     def test_of_which_there_are_many_end_only_their_own_generations(self, server: Server, client: httpx.Client) -> None:
@@ -1216,11 +1210,11 @@ class TestClientsThatLeave:
         connections = [connect(server) for _ in range(20)]  # more than fit in one batch, so that some still wait
         for connection in connections:
             connection.sendall(head(len(content)) + content)
-        wait_until(lambda: unfinished_images(server) == 20, "they were not all accepted")
+        until(lambda: unfinished_images(server) == 20, "they were not all accepted")
         for connection in connections:
             connection.close()
         assert paint(client).startswith(b"\x89PNG")
-        wait_until(lambda: server.metric("sdxl_cancelled_total") == cancelled + 20, "not all were cancelled")
+        until(lambda: server.metric("sdxl_cancelled_total") == cancelled + 20, "not all were cancelled")
 
 
 # --- Keys and slow bodies: a server of their own ---------------------------------------------------------------

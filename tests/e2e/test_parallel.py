@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from app.engine.weights import load_family
 from app.settings import Settings
 from tests.e2e.conftest import Server, launch
 from tests.integration.stock import ours
+from tests.waiting import until
 
 TIMEOUT = 120.0
 MODEL = ("--model_id=demo", "--model_type=flux", "--model_name=flux", "--device=cpu", "--http_port=0")
@@ -73,11 +74,7 @@ def torchrun(folder: Path, command: tuple[str, ...], *flags: str) -> Iterator[Pa
             process.wait()
 
 
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+wait_for = functools.partial(until, seconds=TIMEOUT)
 
 
 def shown(answer: httpx.Response) -> np.ndarray:

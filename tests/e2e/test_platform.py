@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 
 from app.engine.weights import DEMO_WEIGHTS
 from tests.e2e.conftest import REPOSITORY, Server, clean_environment, health
+from tests.waiting import until
 
 PREDICT = "/v1/models/sdxl:predict"
 INFER = "/v2/models/sdxl/infer"
@@ -43,13 +43,6 @@ def process(folder: Path, *arguments: str, env: dict[str, str] | None = None, **
     finally:
         started.kill()
         started.wait()
-
-
-def until(condition: Callable[[], bool], complaint: str = "it never happened") -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, complaint
-        time.sleep(0.02)
 
 
 def status(server: Server, path: str = "/v2/health/ready") -> int:

@@ -10,7 +10,6 @@ import re
 import shlex
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import REPOSITORY, Server
+from tests.waiting import until
 
 STREAM = "/v2/models/sdxl/generate_stream"
 TIMEOUT = 300.0
@@ -75,8 +75,8 @@ def test_a_client_that_hangs_up_costs_no_further_step(server: Server, path: str)
     steps = server.metric("sdxl_steps_total")
     with socket.create_connection(("127.0.0.1", int(server.host.split(":")[1])), TIMEOUT) as connection:
         connection.sendall(head + body)
-        wait_until(lambda: server.metric("sdxl_steps_total") > steps)
-    wait_until(lambda: server.metric("sdxl_cancelled_total") == cancelled + 1)
+        until(lambda: server.metric("sdxl_steps_total") > steps)
+    until(lambda: server.metric("sdxl_cancelled_total") == cancelled + 1)
     steps = server.metric("sdxl_steps_total")
     with httpx.Client(base_url=server.url, timeout=TIMEOUT) as client:
         answer = client.post("/v2/models/sdxl/generate", json={**BODY, "num_inference_steps": 1})
@@ -130,13 +130,6 @@ async def test_mixed_load_leaves_nothing_behind_and_everybody_gets_the_picture_o
             return (await client.post("/v2/models/sdxl/generate", json=body)).json()["outputs"][1] == alone[number % 6]
 
         assert all(await asyncio.gather(*map(paint, range(60))))
-    wait_until(lambda: server.metric("sdxl_running_images") + server.metric("sdxl_pending_images") == 0)
+    until(lambda: server.metric("sdxl_running_images") + server.metric("sdxl_pending_images") == 0)
     assert server.metric("sdxl_open_streams") == 0
     assert server.metric("sdxl_failed_total") == failed
-
-
-def wait_until(holds: Any) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

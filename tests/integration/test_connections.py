@@ -7,12 +7,13 @@ import itertools
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.fakes import Gated, Instant
 from tests.integration.test_server import BODY, INFER, WAIT, Running, running
+from tests.waiting import until
 
 LARGE = {
     **BODY,
@@ -31,13 +32,6 @@ def raw(each: Running, body: object = BODY) -> socket.socket:
     return connection
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def gated() -> Iterator[Gated]:
     family = Gated()
@@ -53,7 +47,7 @@ def test_who_leaves_is_noticed_whatever_came_behind_the_request(gated: Gated, ea
             if early:
                 connection.sendall(early)
                 time.sleep(0.2)
-        until(lambda: 'sdxl_cancelled_total{model_name="m"} 1.0' in each.get("/metrics").text)
+        until(lambda: 'sdxl_cancelled_total{model_name="m"} 1.0' in each.get("/metrics").text, seconds=WAIT)
 
 
 def test_requests_that_come_early_are_answered_in_their_order_however_many_they_are(gated: Gated) -> None:
@@ -64,7 +58,9 @@ def test_requests_that_come_early_are_answered_in_their_order_however_many_they_
         gated.permit(1000)
         answer = b""
         while answer.count(b'{"live": true}') < count:
-            answer += connection.recv(1 << 20)
+            part = connection.recv(1 << 20)
+            assert part, answer[-200:]
+            answer += part
         sent.result(WAIT)
         assert answer.index(b'"outputs"') < answer.index(b'{"live": true}')
 
@@ -75,7 +71,9 @@ def test_who_takes_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not() ->
         with raw(each, LARGE) as slow:
             head = b""
             while b"\r\n\r\n" not in head:
-                head += slow.recv(1)
+                byte = slow.recv(1)
+                assert byte, head
+                head += byte
             left = int(head.lower().split(b"\r\ncontent-length: ")[1].split(b"\r\n")[0])
             for pause in itertools.chain([0.25] * 30, itertools.repeat(0)):
                 part = slow.recv(65536)
@@ -84,13 +82,13 @@ def test_who_takes_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not() ->
                 if not left:
                     break
                 time.sleep(pause)
-        until(lambda: not connections)
+        until(lambda: not connections, seconds=WAIT)
 
 
 def test_who_reads_nothing_does_not_hold_up_the_end() -> None:
     with running(Instant, body_timeout=0.5, grace_period=600.0) as each, raw(each, LARGE):
         connections = each.server.server_state.connections
-        until(lambda: any(one.transport.get_write_buffer_size() for one in list(connections)))
+        until(lambda: any(one.transport.get_write_buffer_size() for one in list(connections)), seconds=WAIT)
         each.signal()
         assert each.ended()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 import threading
 import time
@@ -28,6 +29,7 @@ from app.generation import MAX_SEED, GenerateRequest, Progress
 from app.telemetry import Telemetry
 from tests.fakes import Dies, FailsAt, Gated, Instant, ReadsSlowly, RunsOutOfMemory, Slow
 from tests.simulation import places_taken
+from tests.waiting import until
 
 WAIT = 30.0
 
@@ -64,11 +66,7 @@ class Harness:
         assert places_taken(self.batcher.queue) == 0
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
+eventually = functools.partial(until, seconds=WAIT)
 
 
 @pytest.fixture
