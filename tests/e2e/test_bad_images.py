@@ -29,8 +29,8 @@ from tests.e2e.test_bad_input import (
     refused,
     tensor,
     unfinished_images,
-    wait_until,
 )
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def _nobody_else_notices(server: Server, client: httpx.Client) -> Iterator[None]
     log_before, picture = len(server.log()), paint(client)
     yield
     assert paint(client) == picture
-    wait_until(lambda: unfinished_images(server) == 0, "a request is still held")
+    until(lambda: unfinished_images(server) == 0, "a request is still held")
     assert "Traceback" not in server.log()[log_before:], server.log()[log_before:]
 
 
