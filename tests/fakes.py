@@ -60,7 +60,9 @@ class Instant(Family[FakeJob]):
             job.step_index += 1
 
     def decode(self, jobs: Sequence[FakeJob], tiled: bool = False) -> np.ndarray:
-        pictures = [np.full((job.request.height, job.request.width, 3), job.value % 256, np.uint8) for job in jobs]
+        pictures = [
+            np.full((job.request.height or 0, job.request.width or 0, 3), job.value % 256, np.uint8) for job in jobs
+        ]
         return np.stack(pictures)
 
 

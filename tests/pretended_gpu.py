@@ -56,7 +56,7 @@ class GpuTensor(torch.Tensor):
     @staticmethod
     def of(numbers: torch.Tensor) -> GpuTensor:
         with torch.inference_mode(False):
-            made: GpuTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: GpuTensor = torch.Tensor._make_wrapper_subclass(
                 GpuTensor,
                 numbers.shape,
                 strides=numbers.stride(),
@@ -68,11 +68,11 @@ class GpuTensor(torch.Tensor):
         made.numbers = numbers
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"GpuTensor({self.numbers})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise RuntimeError(f"{func} for a pretended GPU's tensor where there is none")
 
     # PyTorch without CUDA cannot make these ready for a GPU, so that they would never get to `Gpu`.

@@ -159,7 +159,7 @@ def written(page: Path) -> str:
     for make in PAGES[page]:
         marks = re.compile(rf"<!-- {make.__name__} -->.*?<!-- end -->", re.DOTALL)
         block = f"<!-- {make.__name__} -->\n\n{make()}\n\n<!-- end -->"
-        text, count = marks.subn(lambda _, block=block: block, text)
+        text, count = marks.subn(block.replace("\\", r"\\"), text)
         assert count == 1, f"{page.name} has no place for {make.__name__}"
     return text
 

@@ -85,7 +85,7 @@ class Simulation:
             for name in ("priority", "listener", "preview", "once", "request_id")
             if name in parameters
         }
-        request = GenerateRequest(**{"prompt": prompt, "seed": 1, "guidance_scale": 1.0} | parameters)
+        request = GenerateRequest(prompt=prompt, **{"seed": 1, "guidance_scale": 1.0, **parameters})
         resolved = self.family.resolve(request)
         return self.queue.submit([resolved], [self.family.steps(resolved)], timeout, **options)
 

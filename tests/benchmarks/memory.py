@@ -69,7 +69,7 @@ def weigh(module: nn.Module, name: str, numbers: str, dtype: torch.dtype) -> tup
 
 
 def _bytes_of(layer: nn.Module, numbers: str, dtype: torch.dtype) -> float:
-    own = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
+    own: float = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
     if isinstance(layer, nn.Linear) and numbers in ("int8", "nf4"):
         # bitsandbytes takes the matrices of linear layers; int8 adds a float32 for each row.
         matrix = layer.weight.numel()

@@ -74,7 +74,8 @@ async def stream(client: httpx.AsyncClient, prompt: str, parameters: dict[str, A
 
 async def look(client: httpx.AsyncClient, pid: int, until: float) -> list[tuple[float, float]]:
     """Seconds and MiB of resident memory."""
-    began, seen = time.monotonic(), []
+    began = time.monotonic()
+    seen: list[tuple[float, float]] = []
     while (now := time.monotonic()) < until:
         seen.append((now - began, resident(pid)))
         await client.get("/v2/health/live")
@@ -105,8 +106,9 @@ async def run(url: str, pid: int, seconds: float) -> tuple[collections.Counter[s
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=300.0, limits=limits) as client:
         callers = [caller(client, random.Random(seed), until, outcomes) for seed in range(CALLERS)]
-        seen, *_ = await asyncio.gather(look(client, pid, until), *callers)
-    return outcomes, seen
+        memory = asyncio.create_task(look(client, pid, until))
+        await asyncio.gather(memory, *callers)
+    return outcomes, memory.result()
 
 
 def unfinished(url: str) -> float:

@@ -182,8 +182,11 @@ def main() -> None:
     )
     note = f"Medians of {len(rounds)} alternating pairs of new processes, demo model, {machine}."
     RESULTS.joinpath("start.md").write_text(f"{note}\n\n{table(rounds)}\n\n{compiled}\n", encoding="utf-8")
-    record = {"machine": machine, "rounds": [asdict(one) for one in rounds]}
-    record |= {"compiled": {"first": asdict(first), "second": asdict(second)}}
+    record = {
+        "machine": machine,
+        "rounds": [asdict(one) for one in rounds],
+        "compiled": {"first": asdict(first), "second": asdict(second)},
+    }
     RESULTS.joinpath("start.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(rounds), compiled, sep="\n\n")
 

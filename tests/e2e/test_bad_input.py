@@ -83,7 +83,7 @@ def peak_memory(server: Server) -> int:
 # --- Requests and what is expected of their answers ------------------------------------------------------------
 
 
-def tensor(name: str, *data: Any, datatype: str = "INT64", shape: Any = None, **fields: Any) -> dict[str, Any]:
+def tensor(name: Any, *data: Any, datatype: str = "INT64", shape: Any = None, **fields: Any) -> dict[str, Any]:
     values = {"data": list(data)} if data else {}
     return {"name": name, "shape": [len(data)] if shape is None else shape, "datatype": datatype, **values, **fields}
 
@@ -1268,7 +1268,7 @@ class TestKeys:
         ids=lambda value: value.replace(KEY, "KEY").encode("ascii", "replace").decode()[:30] or "empty",
     )
     def test_that_are_wrong_are_refused(self, outsider: httpx.Client, value: str) -> None:
-        headers = {"Authorization": value.encode("latin-1")}
+        headers = {b"Authorization": value.encode("latin-1")}
         refused(outsider.post(INFER, content=GOOD, headers=headers), 401, "Send the server's key")
 
     def test_that_are_right_are_accepted_however_the_scheme_is_written(

@@ -36,7 +36,7 @@ def resolved(family: Family[Any], **parameters: Any) -> GenerateRequest:
     return family.resolve(GenerateRequest(**parameters))
 
 
-def theirs(pipeline: Any, seed: int | torch.Generator, **parameters: Any) -> np.ndarray:
+def theirs(pipeline: Any, seed: int | torch.Generator, **parameters: Any) -> Any:
     """The same from a stock pipeline; a generator instead of a seed goes on where it is."""
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     output = pipeline(**parameters, generator=generator).images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from app.generation import GenerateRequest
 from tests.integration.stock import ours, theirs
 
 PROMPT = "a red circle on a white background"
-COMMON = {"prompt": PROMPT, "num_inference_steps": 3}
+COMMON: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3}
 
 
 def fresh() -> StableDiffusionXLPipeline:

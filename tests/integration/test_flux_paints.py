@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -28,7 +29,7 @@ def family() -> FluxFamily:
 
 
 @pytest.fixture(scope="module")
-def painted(family: Family[object]) -> list[tuple[Drawing, Image.Image]]:
+def painted(family: Family[Any]) -> list[tuple[Drawing, Image.Image]]:
     rng = random.Random(20_26)
     drawings = [random_drawing(rng) for _ in range(CAPTIONS)]
     batcher = Batcher(

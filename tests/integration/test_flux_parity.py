@@ -15,7 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, Flux
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.engine.flux import FluxFamily, FluxJob
+from app.engine.flux import FluxFamily
+from app.engine.flux_job import FluxJob
 from app.errors import GenerationFailed, OutOfMemory
 from app.generation import GenerateRequest
 from app.images import decode_images
@@ -26,7 +27,7 @@ from tests.tiny_flux import make_flux
 PROMPT = "a small red star on a white background"
 SIZE = {"height": 64, "width": 64}
 PICTURE, MASK = decode_images((("image", png(picture(64, 64))), ("mask_image", png(mask(64, 64)))), 10**7)
-SHORT = {**SIZE, "num_inference_steps": 3, "max_sequence_length": 64}
+SHORT: dict[str, Any] = {**SIZE, "num_inference_steps": 3, "max_sequence_length": 64}
 
 
 @dataclass(frozen=True)

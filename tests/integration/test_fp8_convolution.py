@@ -147,7 +147,7 @@ def clock(tiles: dict[Tile, float], full: float = 1.0) -> Callable[[Callable[[],
 
     def seconds(work: Callable[[], Any]) -> float:
         work()
-        layer = work.func.__self__ if isinstance(work, functools.partial) else None
+        layer = getattr(work.func, "__self__", None) if isinstance(work, functools.partial) else None
         return tiles.get(Tile(*layer.tile), 10.0) if isinstance(layer, Fp8Conv2d) else full
 
     return seconds

@@ -82,7 +82,7 @@ def test_a_black_picture_that_was_meant_is_a_picture(stock: StableDiffusionXLPip
 def halved(stock: StableDiffusionXLPipeline) -> dict[str, Any]:
     """Components of the demo in bfloat16, with an autoencoder that encodes in float32, as SDXL's own does."""
     modules = {name: part for name, part in stock.components.items() if isinstance(part, torch.nn.Module)}
-    half = {name: copy.deepcopy(module).to(torch.bfloat16) for name, module in modules.items()}
+    half: dict[str, Any] = {name: copy.deepcopy(module).to(torch.bfloat16) for name, module in modules.items()}
     half["vae"].register_to_config(force_upcast=True)
     return {**stock.components, **half}
 

@@ -240,7 +240,8 @@ def test_graphs_are_recorded_while_warming_and_for_no_length_that_comes_later() 
         for length in (77, 154, 77):
             run(torch.ones(2, 4), words=torch.ones(2, length))
     assert compiler.unexpected == 0
-    everything, nothing = None, ()
+    everything: tuple[int, ...] | None = None
+    nothing: tuple[int, ...] = ()
     assert sizes == [everything, everything, nothing, everything]
 
 
@@ -298,7 +299,7 @@ def test_threads_do_not_disturb_each_others_order_of_attention() -> None:
 
 
 @pytest.mark.parametrize("plans", [False, True])
-def test_attention_that_makes_plans_has_met_long_prompts(plans: bool) -> None:
+def test_attention_that_makes_plans_has_met_long_prompts(plans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     optimization = Optimization("compile", ((64, 64),), most_rows=2, plans=plans, backend="eager")
     family = SdxlFamily(load_demo(), optimization=optimization)
     begin, met = family.begin, set()
@@ -308,7 +309,7 @@ def test_attention_that_makes_plans_has_met_long_prompts(plans: bool) -> None:
         met.add(job.leg.embeddings.shape[1])
         return job
 
-    family.begin = noting  # type: ignore[method-assign]
+    monkeypatch.setattr(family, "begin", noting)
     family.warm(lambda _: None)
     assert met == ({77, 154} if plans else {77})
 
@@ -491,7 +492,7 @@ def test_eight_bit_products_change_pictures_a_little_and_are_named(model: str, l
     family_kind: Any = SdxlFamily if model == "sdxl" else FluxFamily
     off = family_kind(kind.from_pretrained(demo, dtype=torch.float32))
     family = family_kind(kind.from_pretrained(demo, dtype=torch.float32), optimization=Optimization("safe", fp8=True))
-    asked = {"prompt": PROMPT, "num_inference_steps": 8, "seed": 5}
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 8, "seed": 5}
     found = psnr(ours(family, **asked), ours(off, **asked))
     assert least <= found < 60
     assert family.lossy(family.resolve(GenerateRequest(**asked))) == ("fp8",)
@@ -537,7 +538,7 @@ def test_eight_bit_products_are_tried_before_they_are_used(
 def test_guidance_of_sdxl_ends_early_only_where_the_server_allows_it() -> None:
     base = load_demo()
     off, family = SdxlFamily(base), SdxlFamily(base, optimization=LEVELS["max"])
-    asked = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
     with pytest.raises(InvalidRequest, match="does not take guidance_end"):
         check_combinations(GenerateRequest(**asked, guidance_end=0.5), off.parameters)
     check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
@@ -590,7 +591,9 @@ def test_where_nothing_guides_there_is_no_guidance_to_end(model: str) -> None:
     make, _ = MODELS[model]
     family = make(LEVELS["max"])
     # What FLUX's guidance_scale does is an input of the model, and does not end.
-    scales = {"guidance_scale": 1.0} if model == "sdxl" else {"guidance_scale": 4.0, "true_cfg_scale": 2.0}
+    scales: dict[str, Any] = (
+        {"guidance_scale": 1.0} if model == "sdxl" else {"guidance_scale": 4.0, "true_cfg_scale": 2.0}
+    )
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5, "width": 128, "height": 128}
     request = family.resolve(GenerateRequest(**asked, **scales, guidance_end=0.5))
     assert family.lossy(request) == ()

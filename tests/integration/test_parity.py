@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from app.engine.schedulers import NAMES
+from app.engine.scheduler_names import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest

@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from app.demo.shapes import Drawing, draw
-from app.engine.schedulers import NAMES
+from app.engine.scheduler_names import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, Pixels

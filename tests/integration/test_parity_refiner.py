@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from app.engine.schedulers import NAMES
+from app.engine.scheduler_names import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.generation import GenerateRequest
 from tests.integration.stock import check_idle, mask, ours, picture, theirs
@@ -65,7 +65,7 @@ def test_base_and_refiner_equal_the_stock_pipelines_in_a_row(
     limit: float,
     parameters: dict[str, Any],
 ) -> None:
-    common = {"prompt": PROMPT, "num_inference_steps": 8, **parameters}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 8, **parameters}
     painted = ours(refined, seed=4, denoising_limit=limit, **common)
     assert np.array_equal(painted, in_a_row(stock, stock_refiner, 4, limit, **common))
 
@@ -78,7 +78,7 @@ def test_so_few_steps_that_hardly_any_is_the_bases_equal_the_stock_pipelines_too
     steps: int,
 ) -> None:
     """Of a single step, none is: the first timestep of the demo's schedule lies in the refiner's part."""
-    common = {"prompt": PROMPT, "num_inference_steps": steps}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": steps}
     painted = ours(refined, seed=4, denoising_limit=0.8, **common)
     assert np.array_equal(painted, in_a_row(stock, stock_refiner, 4, 0.8, **common))
 
@@ -90,7 +90,7 @@ def test_every_kind_of_scheduler_is_handed_over_as_in_the_stock_pipelines(
     stock_refiner: StableDiffusionXLImg2ImgPipeline,
     scheduler: str,
 ) -> None:
-    common = {"prompt": PROMPT, "num_inference_steps": 8, "scheduler": scheduler}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 8, "scheduler": scheduler}
     painted = ours(refined, seed=4, denoising_limit=0.6, **common)
     assert np.array_equal(painted, in_a_row(stock, stock_refiner, 4, 0.6, **common))
 
@@ -104,7 +104,7 @@ def test_image_to_image_is_refined_as_by_the_stock_pipelines(
 ) -> None:
     base = StableDiffusionXLImg2ImgPipeline(**stock.components)
     base.set_progress_bar_config(disable=True)
-    common = {"prompt": PROMPT, "num_inference_steps": 10, "image": picture(), "strength": strength}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 10, "image": picture(), "strength": strength}
     painted = ours(refined, seed=4, denoising_limit=0.8, **common)
     assert np.array_equal(painted, in_a_row(base, stock_refiner, 4, 0.8, **common))
 
@@ -112,7 +112,7 @@ def test_image_to_image_is_refined_as_by_the_stock_pipelines(
 def test_an_image_that_is_changed_less_than_the_refiners_part_is_the_refiners_alone(
     refined: SdxlFamily, stock_refiner: StableDiffusionXLImg2ImgPipeline
 ) -> None:
-    common = {"prompt": PROMPT, "num_inference_steps": 10, "image": picture(), "strength": 0.15}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 10, "image": picture(), "strength": 0.15}
     assert np.array_equal(ours(refined, seed=4, denoising_limit=0.6, **common), theirs(stock_refiner, 4, **common))
 
 
@@ -128,7 +128,7 @@ def test_inpainting_is_refined_as_by_the_stock_pipelines(
     refiner.register_to_config(force_zeros_for_empty_prompt=False)
     for pipeline in (base, refiner):
         pipeline.set_progress_bar_config(disable=True)
-    common = {"prompt": PROMPT, "num_inference_steps": 8, "image": picture(), "mask_image": mask()}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 8, "image": picture(), "mask_image": mask()}
     painted = ours(refined, seed=4, denoising_limit=0.6, strength=strength, **common)
     assert np.array_equal(painted, in_a_row(base, refiner, 4, 0.6, strength=strength, **common))
 
@@ -147,7 +147,7 @@ def test_without_a_limit_the_refiner_takes_over_at_its_authors_value(refined: Sd
 def test_where_nothing_is_left_for_the_refiner_the_base_paints_alone(
     refined: SdxlFamily, stock: StableDiffusionXLPipeline, parameters: dict[str, float]
 ) -> None:
-    common = {"prompt": PROMPT, "num_inference_steps": 4}
+    common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4}
     end = {"denoising_end": parameters["denoising_end"]} if "denoising_end" in parameters else {}
     assert np.array_equal(ours(refined, seed=2, **common, **parameters), theirs(stock, 2, **common, **end))
 
@@ -202,8 +202,7 @@ def test_without_a_refiner_its_parameters_have_no_effect_and_that_is_said(family
 def test_what_is_the_refiners_and_has_no_effect_is_said(
     refined: SdxlFamily, common: dict[str, Any], idle: dict[str, Any], message: str
 ) -> None:
-    common = {"prompt": PROMPT, "seed": 4, "num_inference_steps": 5, **common}
-    check_idle(refined, common, idle, message)
+    check_idle(refined, {"prompt": PROMPT, "seed": 4, "num_inference_steps": 5, **common}, idle, message)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_a_single_file_finds_its_configuration_beside_it_and_under_model_id(fold
 
 def test_single_files_of_the_demo_are_configured_by_the_demo(folders: Path, tmp_path: Path) -> None:
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(DEMO_WEIGHTS / "refiner", dtype=torch.float32)
-    files = {
+    files: dict[str, Any] = {
         "single_file_model": folders / "base.safetensors",
         "refiner_single_file_model": exporting.export_sdxl(refiner, tmp_path / "refiner.safetensors"),
     }

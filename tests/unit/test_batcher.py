@@ -25,7 +25,7 @@ from app.errors import (
     Overloaded,
     ShuttingDown,
 )
-from app.generation import MAX_SEED, GenerateRequest, Progress
+from app.generation import MAX_SEED, GenerateRequest
 from app.telemetry import Telemetry
 from tests.fakes import Dies, FailsAt, Gated, Instant, ReadsSlowly, RunsOutOfMemory, Slow
 from tests.simulation import places_taken
@@ -38,7 +38,7 @@ class Harness:
     """A started batcher over one family."""
 
     def __init__(self, family: Family[Any], **options: Any) -> None:
-        self.family = family
+        self.family: Any = family
         self.telemetry = Telemetry("fake")
         settings: dict[str, Any] = {
             "max_queue": 64,
@@ -290,7 +290,7 @@ def test_a_dead_device_thread_fails_what_was_accepted_and_refuses_the_rest(harne
 
 def test_every_step_is_reported_until_all_are_done(harness: Callable[..., Harness]) -> None:
     each = harness(Instant())
-    heard: list[Progress] = []
+    heard: list[Any] = []
     request = each.family.resolve(GenerateRequest(prompt="p", seed=1, num_images_per_prompt=2, num_inference_steps=3))
     each.batcher.submit([request], WAIT, heard.append).future.result(WAIT)
     assert [(each.steps_done, each.steps_total, each.place) for each in heard] == [

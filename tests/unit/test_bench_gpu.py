@@ -176,7 +176,7 @@ def test_a_floor_is_the_work_of_all_passes_over_the_rate() -> None:
 
 
 def test_copies_share_weights_and_are_changed_alone() -> None:
-    part = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)).requires_grad_(False)
+    part: Any = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)).requires_grad_(False)
     one, other = (share_weights([{"unet": part, "options": {}}])[0]["unet"] for _ in range(2))
     assert one[1].weight.data_ptr() == other[1].weight.data_ptr() == part[1].weight.data_ptr()
     one.to(memory_format=torch.channels_last)

@@ -122,6 +122,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink()
+
+
 def replace_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -145,7 +150,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "config-is-a-list": (lambda m: (m / "vae/config.json").write_text("[]"), "vae/config.json", "it is no JSON object"),
     "no-scheduler": (lambda m: shutil.rmtree(m / "scheduler"), "scheduler", "does not exist, but model_index.json"),
     "no-vocabulary": (
-        lambda m: [(m / "tokenizer" / name).unlink() for name in ("vocab.json", "tokenizer.json")],
+        lambda m: remove(m / "tokenizer/vocab.json", m / "tokenizer/tokenizer.json"),
         "tokenizer",
         "has no vocabulary",
     ),

@@ -134,11 +134,12 @@ def test_what_contradicts_itself_or_the_model_is_refused_by_name(parameters: dic
 
 
 def test_what_agrees_is_taken_together() -> None:
-    for parameters in (
+    together: tuple[dict[str, Any], ...] = (
         {"sigmas": (2.0, 1.0, 0.0), "num_inference_steps": 3, "use_karras_sigmas": False},
         {"image": b"x", "mask_image": b"y", "strength": 0.0},
         {"use_karras_sigmas": True, "use_beta_sigmas": False, "timestep_spacing": "leading"},
-    ):
+    )
+    for parameters in together:
         check_combinations(GenerateRequest(prompt="p", **parameters), PARAMETERS)
 
 

@@ -545,7 +545,8 @@ def test_a_body_of_millions_of_numbers_is_refused_before_it_is_read() -> None:
         parse_infer(raw + b"0," * 5_000_000 + b"0]}]}", None)
     # A file of the same size is one value.
     large = tensor("image", "BYTES", ["A" * 10_000_000])
-    assert len(parse(PROMPT, large).requests[0].image or b"") == 7_500_000
+    image = parse(PROMPT, large).requests[0].image
+    assert isinstance(image, bytes) and len(image) == 7_500_000
 
 
 def test_pixels_need_one_size_and_binary_form_when_they_are_many() -> None:

@@ -105,7 +105,7 @@ def test_a_short_request_waits_for_one_prompt_and_not_for_all_that_came_before_i
     simulation.submit("first")
     simulation.run()
     family.meanwhile = lambda: tickets.append(simulation.submit("short", num_inference_steps=4))
-    tickets = [simulation.submit("long", num_inference_steps=50, seed=seed) for seed in range(6)]
+    tickets: list[Ticket] = [simulation.submit("long", num_inference_steps=50, seed=seed) for seed in range(6)]
     simulation.run()
     assert family.read == ["first", "long", "short", *["long"] * 5]
     assert all(ticket.future.result(0).images for ticket in tickets)

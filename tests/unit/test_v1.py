@@ -76,7 +76,7 @@ def test_all_instances_are_read_in_order() -> None:
 
 
 def test_every_parameter_can_be_given() -> None:
-    given = {
+    given: dict[str, Any] = {
         "prompt": "a", "prompt_2": "b", "negative_prompt": "c", "negative_prompt_2": "d", "height": 64, "width": 72.0,
         "num_inference_steps": 9, "guidance_scale": 7, "guidance_rescale": 0.5, "guidance_end": 0.5,
         "true_cfg_scale": 2, "image": FILE, "mask_image": FILE, "strength": 0.5, "seed": 2**63 - 1,
@@ -90,7 +90,7 @@ def test_every_parameter_can_be_given() -> None:
     }  # fmt: skip
     assert set(given) == set(PARAMETERS)
     (read,) = requests(given)
-    expected = {
+    expected: dict[str, Any] = {
         **given, "image": b"a file", "mask_image": b"a file", "timestep_spacing": "trailing",
         "timesteps": (999.0, 1.5), "sigmas": (1.0,), "loras": (("style", 0.5), ("detail", 1.0)),
         "output_format": ImageFormat.JPEG,
