@@ -54,4 +54,4 @@ image:
 
 # Builds the image on a Debian and serves the demo from it; takes minutes, and root with buildah and debootstrap.
 image-test: install
-	$(BIN)/pytest --numprocesses 0 tests/image/check_image.py
+	$(BIN)/pytest --numprocesses 0 --timeout 3600 tests/image/check_image.py
