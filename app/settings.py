@@ -267,7 +267,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _replicas_choose_their_gpus(self) -> Settings:
-        if self.replicas not in (1, "auto") and self.device.startswith("cuda:"):
+        if self.replicas not in (1, "auto") and self.device not in ("auto", "cuda", "cpu"):
             raise ValueError(f"replicas ({self.replicas}) choose their GPUs themselves; leave device at auto or cuda")
         return self
 

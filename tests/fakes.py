@@ -240,6 +240,13 @@ class Timed(Instant):
         return super().decode(jobs, tiled)
 
 
+class StopsGuiding(Timed):
+    """Has guidance in the first half of its steps alone."""
+
+    def rows(self, job: FakeJob) -> int:
+        return super().rows(job) if 2 * job.step_index < job.num_steps else 1
+
+
 class RunsAhead(Timed):
     """Its device is a step behind, as a GPU is, and whoever wants something of it waits."""
 

@@ -149,7 +149,7 @@ class Family(abc.ABC, Generic[J]):
     """Pictures that came out as no numbers in half precision and were decoded once more in float32; counts up."""
 
     def rows(self, job: J) -> int:
-        """Rows that `job` brings to a forward pass: two with classifier-free guidance."""
+        """Rows that `job` brings to its next forward pass: two with classifier-free guidance, which may end midway."""
         del job
         return 1
 

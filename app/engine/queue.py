@@ -334,7 +334,8 @@ class Queue:
 
     def _work_changed(self) -> None:
         self._places_moved = True
-        self._forecast_until = 0.0
+        # Emptied, or it would keep who has ended, with all pictures, until somebody asks.
+        self._last_forecast, self._forecast_until = {}, 0.0
         self.condition.notify_all()
 
     # --- Asking ------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class Image:
         job: its state on the device, until it is decoded.
         steps: that it takes from start to end.
         began: when it left the queue.
-        rows: that it brings to a forward pass, once its job has begun.
+        rows: that it brings to its next forward pass, once its job has begun.
     """
 
     ticket: Ticket

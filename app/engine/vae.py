@@ -118,7 +118,7 @@ class Vae:
             compiled = None if self.module.use_tiling or self.module.use_slicing else self._compiled
             pixels = self._pixels(latents, compiled or self.module.decode)
             if pixels is None and self.module.dtype in HALF:
-                self.retries += 1
+                self.retries += len(latents)
                 with self._float32():
                     pixels = self._pixels(latents, self.module.decode, black_is_bad=True)
         if pixels is None:

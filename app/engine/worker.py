@@ -17,6 +17,7 @@ from app.engine.family import Family
 from app.engine.memory import Budget
 from app.engine.queue import Queue
 from app.engine.ticket import Image, Ticket
+from app.errors import ModelLoadFailed, OutOfMemory
 from app.generation import GenerateRequest, Pixels, PreviewKind
 from app.start import Timeline
 from app.telemetry import Telemetry
@@ -92,16 +93,27 @@ class Worker:
     # --- Loading -----------------------------------------------------------------------------------------------
 
     def load(self, warm_up: bool) -> None:
-        """Load the family, and with `warm_up` paint once, so that nobody's first request pays for first times."""
+        """Load the family, and with `warm_up` paint once, so that nobody's first request pays for first times.
+
+        Raises:
+            ModelLoadFailed: besides what `load` raises, the device has too little memory for that picture.
+        """
         self.family = self._load()
         self._attempts.decode_budget = Budget(min(self.family.decode_load, self._attempts.step_budget.most))
         if warm_up:
             with self._timeline.phase("warm_up"):
-                self._paint_once()
+                request = self.family.rehearsal(GenerateRequest(prompt="", seed=0, num_inference_steps=WARM_STEPS))
+                request = self.family.resolve(request)
+                try:
+                    self._paint_once(request)
+                except OutOfMemory:
+                    raise ModelLoadFailed(
+                        f"The device has too little memory for a picture of {request.height} x {request.width}, which "
+                        "the server paints before it is ready; take --device enable_model_cpu_offload, another --dtype "
+                        "or --quantization fp8, or for smaller pictures alone --warm_up false."
+                    ) from None
 
-    def _paint_once(self) -> None:
-        request = self.family.rehearsal(GenerateRequest(prompt="", seed=0, num_inference_steps=WARM_STEPS))
-        request = self.family.resolve(request)
+    def _paint_once(self, request: GenerateRequest) -> None:
         steps = self.family.steps(request)
         image = Image(Ticket([request], [steps], 0.0, 0.0, self._queue), request, 0, steps)
         for _ in range(2):
@@ -116,7 +128,11 @@ class Worker:
         self._pass_seconds = seconds
         self._costs.stepped([image], seconds)
         started = self._clock()
-        self.family.decode([job])
+        try:
+            self.family.decode([job])
+        except OutOfMemory:
+            # As for requests.
+            self.family.decode([job], tiled=True)
         self._costs.decoded([image], self._clock() - started)
 
     # --- The loop ----------------------------------------------------------------------------------------------
@@ -247,7 +263,7 @@ class Worker:
         steps: dict[Ticket, int] = {}
         for image in images:
             if image.job is not None:
-                image.steps_done = image.job.step_index
+                image.steps_done, image.rows = image.job.step_index, self.family.rows(image.job)
             if image.steps_done > before[image]:
                 steps[image.ticket] = steps.get(image.ticket, 0) + image.steps_done - before[image]
         self._telemetry.steps.inc(sum(steps.values()))
@@ -270,7 +286,7 @@ class Worker:
         fault = self._attempts.once("preview", [image], look)
         picture = shown[0] if shown else None
         self._telemetry.preview("failed" if fault else "none" if picture is None else "shown")
-        if picture is not None:
+        if picture is not None and not image.ticket.over:
             self._finisher.show(image, Pixels(picture.tobytes(), picture.shape[0], picture.shape[1]))
 
     # --- Decoding ----------------------------------------------------------------------------------------------

@@ -64,6 +64,14 @@ def test_a_spoilt_picture_is_decoded_once_more_in_float32_and_counted(
     assert half.dtype == torch.bfloat16, "the shared autoencoder keeps the format that it was loaded in"
 
 
+def test_of_pictures_that_are_decoded_together_each_counts(half: AutoencoderKL, family: SdxlFamily) -> None:
+    half.decoder.conv_out = Overflowing(half.decoder.conv_out, float("nan"))
+    vae = Vae(half, family._pipeline.image_processor)
+    with torch.inference_mode():
+        assert len(vae.decode(torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)))) == 3
+    assert vae.retries == 3
+
+
 def test_what_float32_cannot_save_is_an_error(stock: StableDiffusionXLPipeline, half: AutoencoderKL) -> None:
     torch.nn.init.constant_(half.decoder.conv_out.bias, float("nan"))
     spoilt = family_with(stock, half)

@@ -15,7 +15,7 @@ from app.engine.queue import KEPT_OUTCOMES, RequestState
 from app.engine.ticket import Image, Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
 from app.generation import GenerateRequest, Pixels, Preview, Progress
-from tests.fakes import Clock, FakeJob, RunsAhead, Timed, WholeJobs
+from tests.fakes import Clock, FakeJob, Instant, RunsAhead, Timed, WholeJobs
 from tests.simulation import Simulation, places_taken
 
 
@@ -513,6 +513,14 @@ def test_answers_are_forgotten_in_time_though_nobody_asks_and_keep_no_input_imag
     simulation.clock.now += 61.0
     simulation.queue.end_late()
     assert len(simulation.queue.answers) == 0
+
+
+def test_no_forecast_keeps_who_has_ended() -> None:
+    simulation = Simulation(Instant())
+    simulation.submit(listener=lambda _: None)
+    assert simulation.queue._last_forecast
+    simulation.run()
+    assert not simulation.queue._last_forecast
 
 
 def test_without_seconds_no_answer_is_kept() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app import heap
@@ -25,9 +26,9 @@ from app.errors import (
     Overloaded,
     ShuttingDown,
 )
-from app.generation import MAX_SEED, GenerateRequest
+from app.generation import MAX_SEED, GenerateRequest, PreviewKind, PreviewWish
 from app.telemetry import Telemetry
-from tests.fakes import Dies, FailsAt, Gated, Instant, ReadsSlowly, RunsOutOfMemory, Slow
+from tests.fakes import Dies, FailsAt, FakeJob, Gated, Instant, Previews, ReadsSlowly, RunsOutOfMemory, Slow
 from tests.simulation import places_taken
 from tests.waiting import until
 
@@ -323,6 +324,32 @@ def test_closing_ends_what_does_not_finish(grace: float, harness: Callable[..., 
         ticket.future.result(WAIT)
     closer.join(WAIT)
     eventually(lambda: not each.batcher.alive)
+
+
+def test_a_preview_that_is_made_while_the_server_ends_is_nobodys_and_does_no_harm(
+    harness: Callable[..., Harness], caplog: pytest.LogCaptureFixture
+) -> None:
+    class LooksLong(Previews):
+        looking, look_away = threading.Event(), threading.Event()
+        closed = False
+
+        def preview(self, job: FakeJob, whole: bool = False) -> np.ndarray | None:
+            self.looking.set()
+            assert self.look_away.wait(WAIT)
+            return super().preview(job, whole)
+
+        def close(self) -> None:
+            self.closed = True
+
+    family = LooksLong()
+    each = harness(family)
+    request = family.resolve(GenerateRequest(prompt="p", seed=1))
+    each.batcher.submit([request], WAIT, lambda _: None, preview=PreviewWish(PreviewKind.LATENTS, 1))
+    assert family.looking.wait(WAIT)
+    each.batcher.close(0)
+    family.look_away.set()
+    eventually(lambda: not each.batcher.alive)
+    assert family.closed and "the device thread ended" not in caplog.text
 
 
 def test_memory_that_nobody_uses_is_given_back_once_in_a_while(

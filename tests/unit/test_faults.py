@@ -15,7 +15,7 @@ from app.engine.family import Family
 from app.engine.faults import as_fault
 from app.engine.memory import CAREFUL_PASSES, Budget
 from app.engine.ticket import Ticket
-from app.errors import DeviceLost, GenerationFailed, ModelNotReady, OutOfMemory, RuntimeFault
+from app.errors import DeviceLost, GenerationFailed, ModelLoadFailed, ModelNotReady, OutOfMemory, RuntimeFault
 from app.generation import GenerateRequest
 from app.telemetry import Telemetry
 from tests.fakes import (
@@ -97,6 +97,23 @@ def test_a_picture_that_cannot_be_decoded_whole_is_decoded_in_tiles() -> None:
     assert colour(large) == ord("p") + 1 and colour(small) == ord("p") + 2
     assert family.tiled == [1]
     assert simulation.metric("sdxl_out_of_memory_total", stage="decode", action="tile") == 1
+
+
+def test_a_server_starts_where_its_first_picture_fits_in_tiles_alone() -> None:
+    family = Cramped(decode=SMALL / 2)
+    simulation = Simulation(family)
+    simulation.workers[0].load(warm_up=True)
+    assert family.tiled == [0]
+    ticket = simulation.submit()
+    simulation.run()
+    assert colour(ticket) == ord("p") + 1
+
+
+@pytest.mark.parametrize("stage", ["begin", "step", "decode"])
+def test_a_server_that_has_no_room_for_its_first_picture_says_so_and_what_to_do(stage: str) -> None:
+    simulation = Simulation(Cramped(**{stage: SMALL / 8}))
+    with pytest.raises(ModelLoadFailed, match=r"^The device has too little memory for a picture of 16 x 16, .*warm_up"):
+        simulation.workers[0].load(warm_up=True)
 
 
 @pytest.mark.parametrize("stage", ["encode", "begin", "step", "decode"])

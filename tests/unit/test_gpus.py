@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from app.engine.gpus import count_gpus
+from app.errors import InvalidSettings
 from app.main import count_replicas
-from app.settings import Settings
+from app.settings import Settings, load_settings
 
 
 @pytest.fixture
@@ -65,3 +66,9 @@ def test_without_device_files_there_are_none(tmp_path: Path) -> None:
 def test_every_copy_has_a_gpu_of_its_own(settings: Settings, gpus: int, devices: list[str]) -> None:
     count = count_replicas(settings, lambda: gpus)
     assert [settings.for_replica(index, count).device for index in range(count)] == devices
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "enable_model_cpu_offload", "enable_group_offload"])
+def test_copies_that_would_all_go_to_one_gpu_are_refused(device: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"^replicas \(2\) choose their GPUs themselves; leave device at auto"):
+        load_settings(["--replicas", "2", "--device", device], {})

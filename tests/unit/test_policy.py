@@ -11,7 +11,7 @@ import pytest
 from app.engine import policy
 from app.engine.ticket import Ticket
 from app.generation import GenerateRequest
-from tests.fakes import Clock, Timed
+from tests.fakes import Clock, StopsGuiding, Timed
 from tests.simulation import Simulation
 
 
@@ -226,6 +226,18 @@ def test_a_pass_has_at_most_so_many_rows_and_guidance_takes_two() -> None:
         simulation.submit(seed=seed, guidance_scale=5.0)
     simulation.run()
     assert max(map(len, family.passes)) == 2
+
+
+def test_where_guidance_has_ended_an_image_takes_one_row_and_makes_room() -> None:
+    clock = Clock()
+    family = StopsGuiding(clock)
+    simulation = Simulation(family, clock=clock, max_batch_size=4)
+    for seed in range(3):
+        simulation.submit(seed=seed, num_inference_steps=8, guidance_scale=5.0)
+    simulation.run()
+    assert family.passes == [[0, 1]] * 4 + [[0, 1, 2]] * 4 + [[2]] * 4
+    assert simulation.metric("sdxl_rows_per_forward_pass_sum") == 3 * (4 * 2 + 4)
+    assert simulation.costs.step(16 * 16, 4) == pytest.approx(family.fixed + family.per_row * 4)
 
 
 def test_one_image_goes_however_few_rows_a_pass_may_have() -> None:
