@@ -12,10 +12,17 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# Every setting may be given here too, such as `make serve HTTP_PORT=9000`.
+# Every setting may be given here too, such as `make serve HTTP_PORT=9000`, or in .env, which these must not outdo.
+named = $(shell grep -Eqs '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=' .env && echo yes)
+ifeq ($(call named,HTTP_PORT),)
 serve: export HTTP_PORT ?= 8080
+endif
+ifeq ($(call named,MODEL_NAME),)
 serve: export MODEL_NAME ?= sdxl
+endif
+ifeq ($(call named,MODEL_ID),)
 serve: export MODEL_ID ?= demo
+endif
 serve: install
 	@exec $(BIN)/sdxl-runtime
 

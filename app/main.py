@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -42,7 +41,7 @@ from app.errors import (
 )
 from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
-from app.settings import Settings, load_settings
+from app.settings import Settings, find_termination_log, load_settings
 from app.telemetry import METRICS_CONTENT_TYPE, AccessLog, Telemetry, configure_logging
 
 logger = logging.getLogger(__name__)
@@ -249,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server, failures = _make_server(settings, ranks)
         listener = _listen(settings)
     except InvalidSettings as error:
-        surroundings.tell(str(error), settings.termination_log if settings else _usual_termination_log())
+        surroundings.tell(str(error), settings.termination_log if settings else find_termination_log(given))
         return 2
     code = _serve(settings, server, listener, failures)
     if code == DEVICE_LOST or any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
@@ -258,11 +257,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.shutdown()
         os._exit(code)
     return code
-
-
-def _usual_termination_log() -> Path:
-    """Where last words go while no settings are read."""
-    return Path(os.environ.get("TERMINATION_LOG") or Settings().termination_log or os.devnull)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -190,11 +190,12 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
             if (getattr(request, name) or 1) > limits.max_side:
                 raise InvalidRequest(
                     f"{name} must be at most {limits.max_side}, not {describe(getattr(request, name))} "
-                    "(the server's setting max_side)."
+                    f"(the server's setting max_side){_smaller(request)}."
                 )
         if (request.height or 1) * (request.width or 1) > limits.max_pixels:
             raise InvalidRequest(
-                f"height times width must be at most {limits.max_pixels} pixels (the server's setting max_pixels)."
+                f"height times width must be at most {limits.max_pixels} pixels (the server's setting max_pixels)"
+                f"{_smaller(request)}."
             )
         for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
             if len(getattr(request, name) or "") > limits.max_prompt_length:
@@ -209,6 +210,13 @@ def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
                 raise InvalidRequest(
                     f"{name} may have at most {most} numbers, not {count} (the server's setting max_steps)."
                 )
+
+
+def _smaller(request: GenerateRequest) -> str:
+    """What to do about a size that nobody gave: it is the input image's own."""
+    own = request.image
+    is_own = isinstance(own, Pixels) and (own.height, own.width) == (request.height, request.width)
+    return "; this is the image's own size: give height and width to have it resized" if is_own else ""
 
 
 def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None:

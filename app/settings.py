@@ -7,6 +7,7 @@ Each field is a flag (``--max_steps 40``, ``--max-steps=40``), an environment va
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
@@ -397,6 +398,21 @@ def load_settings(
         ) from None
 
 
+def find_termination_log(
+    arguments: Sequence[str], environment: Mapping[str, str] = os.environ, env_file: Path = Path(".env")
+) -> Path | None:
+    """The setting ``termination_log``, for last words about others that are wrong."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--termination_log", "--termination-log")
+    found = environment.get("TERMINATION_LOG")
+    with contextlib.suppress(InvalidSettings):
+        found = _read_env_file(env_file).get("TERMINATION_LOG") if found is None else found
+    with contextlib.suppress(InvalidSettings):
+        found = parser.parse_known_args(arguments)[0].termination_log or found
+    given = {} if found is None else {"TERMINATION_LOG": found}
+    return load_settings([], given, Path(os.devnull)).termination_log
+
+
 _MESSAGES = {
     "string_too_short": "it must not be empty",
     "string_pattern_mismatch": "it must be one of those named here",
@@ -419,9 +435,21 @@ def _read_env_file(path: Path) -> Mapping[str, str]:
     if not path.is_file():
         return {}
     try:
-        return {key: value for key, value in dotenv_values(path, interpolate=False).items() if value is not None}
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path} cannot be read: {error}.") from None
+    # Whoever leaves out a line may leave out the key that callers need. It is not shown: it may be a secret.
+    for line in lines:
+        if line.error:
+            # It begins with the blank lines before it.
+            blank = len(line.original.string) - len(line.original.string.lstrip())
+            number = line.original.line + line.original.string[:blank].count("\n")
+            raise InvalidSettings(
+                f"{path} cannot be read in line {number}: it must be NAME=value, with quotes around all of "
+                "the value or none."
+            )
+    return {line.key: line.value for line in lines if line.key is not None and line.value is not None}
 
 
 def _from_text(value: str | list[str], field: FieldInfo) -> object:

@@ -259,28 +259,44 @@ class AccessLog:
         self._format = line_format
         try:
             self._line(Access())
-        except (KeyError, ValueError, TypeError) as error:
-            raise InvalidSettings(f"access_log_format {line_format!r} cannot be used: {error!r}.") from None
+        except KeyError as unknown:
+            known = ", ".join(f"%({name})s" for name in self._fields(Access()))
+            raise InvalidSettings(
+                f"access_log_format {line_format!r} has the placeholder {unknown}, which is unknown; known are {known}."
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise InvalidSettings(
+                f"access_log_format {line_format!r} cannot be used ({error}); each placeholder must be like %(h)s, and "
+                "a percent sign %%."
+            ) from None
 
     def log(self, access: Access) -> None:
         access_logger.info("%s", self._line(access))
 
     def _line(self, access: Access) -> str:
+        return self._format % self._fields(access)
+
+    @staticmethod
+    def _fields(access: Access) -> dict[str, object]:
         target = f"{access.path}?{access.query}" if access.query else access.path
-        return self._format % {
+        phrase = http.client.responses.get(access.status, "")
+        return {
             "h": access.client,
+            "client_addr": access.client,
             "l": "-",
             "u": "-",
             "t": time.strftime("[%d/%b/%Y:%H:%M:%S +0000]", time.gmtime()),
             "r": f"{access.method} {access.path} {access.protocol}",
             "R": f"{access.method} {target} {access.protocol}",
+            "request_line": f"{access.method} {target} {access.protocol}",
             "m": access.method,
             "U": access.path,
             "Uq": target,
             "q": access.query,
             "H": access.protocol,
             "s": access.status,
-            "st": http.client.responses.get(access.status, ""),
+            "status_code": f"{access.status} {phrase}",
+            "st": phrase,
             "b": access.size,
             "B": access.size,
             "f": access.referer,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clients.client import AsyncClient, ClientError, Parameters, Picture
+from clients.client import AsyncClient, ClientError, Parameters, Picture, ServerError
 from clients.inputs import read_image
 
 PROGRAM = "sdxl-paint"
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         asyncio.run(paint(options))
     except ClientError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        refused = isinstance(error, ServerError) and error.status == 401
+        hint = f" It is read from the environment variable {KEY_VARIABLE}." if refused else ""
+        print(f"{PROGRAM}: {error}{hint}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{PROGRAM}: Cannot write {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)

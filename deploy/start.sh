@@ -4,7 +4,7 @@
 #   MODELS   folder with the weights (default: models in the working directory)
 #   IMAGE    serve from this image with podman; without it, the sdxl-runtime of this machine serves: the one on the PATH,
 #            or else the one that `make install` puts into .venv
-#   PORT     where to listen (default: 8080)
+#   PORT     where to listen (default: what .env says, or 8080; with IMAGE 8080)
 #   GPU      with IMAGE: none leaves the GPUs out
 #   CACHE    with IMAGE: volume for what is loaded from the Hugging Face hub (default: sdxl-huggingface)
 #
@@ -12,7 +12,6 @@
 # .env in the working directory; env.example is one.
 
 MODELS=${MODELS:-$PWD/models}
-PORT=${PORT:-8080}
 
 # podman takes a path that does not start with / for the name of a volume.
 case $MODELS in
@@ -34,7 +33,8 @@ run() {
                 exit 127
             fi
         fi
-        exec "$server" --http_port "$PORT" "$@"
+        # Without PORT the server chooses, by .env and by whether it has a certificate.
+        exec "$server" ${PORT:+--http_port "$PORT"} "$@"
     fi
     set -- "$IMAGE" "$@"
     if [ -f .env ]; then set -- --volume "$PWD/.env:/etc/sdxl-runtime/.env:ro,Z" "$@"; fi
@@ -48,5 +48,5 @@ run() {
     # The port that is published, whatever .env says; not as a flag, because the image's HEALTHCHECK reads it too.
     set -- --env HTTP_PORT=8080 "$@"
     # As in a cluster: a root file system that cannot be written, and time for running requests at the end.
-    exec podman run --rm --read-only --tmpfs /tmp --shm-size 1g --stop-timeout 60 --publish "$PORT:8080" "$@"
+    exec podman run --rm --read-only --tmpfs /tmp --shm-size 1g --stop-timeout 60 --publish "${PORT:-8080}:8080" "$@"
 }

@@ -160,9 +160,7 @@ def read_index(folder: Path) -> tuple[Kind, dict[str, Any]]:
     try:
         index = read_json(path)
     except FileNotFoundError:
-        raise ModelLoadFailed(
-            f"{path} does not exist; the model folder must be in diffusers' layout, with one folder per component."
-        ) from None
+        raise ModelLoadFailed(f"{path} does not exist; {_what_to_name(folder)}.") from None
     class_name = index.get("_class_name")
     if not isinstance(class_name, str) or class_name not in PIPELINES:
         raise ModelLoadFailed(f"{path} names the pipeline {class_name}; served are {', '.join(PIPELINES)}.")
@@ -170,6 +168,15 @@ def read_index(folder: Path) -> tuple[Kind, dict[str, Any]]:
     if kind is Kind.SDXL and not _names_class(index.get("text_encoder")) and _names_class(index.get("text_encoder_2")):
         kind = Kind.REFINER
     return kind, index
+
+
+def _what_to_name(folder: Path) -> str:
+    """What there is in a folder that is no model's, as the end of a sentence."""
+    if models := sorted(path.parent for path in folder.glob(f"*/{INDEX}")):
+        return f"name one of the models in it, such as {models[0]}"
+    if files := sorted(folder.glob(f"*{SUFFIX}")):
+        return f"a single file, such as {files[0]}, is named with --single_file_model or --refiner_single_file_model"
+    return "the model folder must be in diffusers' layout, with one folder per component"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -193,6 +193,9 @@ class SdxlRequests:
             sentences += no_effect(names, "without guidance")
         elif request.task is ImageTask.TEXT_TO_IMAGE:
             sentences += self._lone_sizes(request)
+        elif self._only_base(request) and request.negative_crops_coords_top_left is not None:
+            # The stock pipelines give the negative prompt the prompt's own.
+            sentences += no_effect([NEGATIVE_SIZES[1]], "with an image")
         sentences += self._idle_refiner(request, guided)
         sentences += self._base.schedulers.warnings(request)
         if request.sigmas and request.sigmas[-1] > 0:
@@ -220,9 +223,13 @@ class SdxlRequests:
         """The stock base wants both sizes of the negative prompt, or none of its three counts."""
         given_sizes = [name for name in NEGATIVE_SIZES if getattr(request, name) is not None]
         missing = [name for name in (NEGATIVE_SIZES[0], NEGATIVE_SIZES[2]) if name not in given_sizes]
-        if not missing or len(parts_of(request, self._base, self._refiner)) > 1:
-            return []
-        return no_effect(given_sizes, f"without {' and '.join(missing)}")
+        if not self._only_base(request):
+            # The refiner reads the first two by themselves.
+            given_sizes = [name for name in given_sizes if name == NEGATIVE_SIZES[2]]
+        return no_effect(given_sizes, f"without {' and '.join(missing)}") if missing else []
+
+    def _only_base(self, request: GenerateRequest) -> bool:
+        return len(parts_of(request, self._base, self._refiner)) == 1
 
     def guided(self, request: GenerateRequest) -> bool:
         """Whether each step asks for the negative prompt too."""

@@ -181,6 +181,11 @@ def find_folder(settings: Settings, report: Report) -> Path:
     if settings.model_type == "flux" and nothing and model_id == Settings.model_fields["model_id"].default:
         logger.info("nothing is mounted at %s: taking %s from the hub", folder, DEFAULT_FLUX)
         return _download(settings, DEFAULT_FLUX, report)
+    if settings.model_type == "flux" and "model_id" not in settings.model_fields_set and not is_model_folder(folder):
+        raise ModelLoadFailed(
+            f"--model_type is flux, but {folder} holds no model in diffusers' layout; name the folder of one with "
+            f"--model_id, or fetch one from the hub with --model_id {DEFAULT_FLUX}."
+        )
     return _resolve(settings, model_id, "model_id", report)
 
 

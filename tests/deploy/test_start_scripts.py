@@ -101,6 +101,13 @@ def test_the_checkouts_own_server_serves_where_none_is_on_the_path(programs: Pat
     assert settings_of(flags).http_port == 8080
 
 
+def test_the_port_that_the_env_file_names_is_listened_to(programs: Path) -> None:
+    env_file = programs.parent / ".env"
+    env_file.write_text("HTTP_PORT=9001\n", encoding="utf-8")
+    _, *flags = start(DEPLOY / "start-base.sh", programs)
+    assert load_settings(flags, {}, env_file).http_port == 9001
+
+
 def test_without_any_server_a_sentence_says_so(tmp_path: Path) -> None:
     result = started_without_a_path(tmp_path)
     assert result.returncode == 127
@@ -114,7 +121,7 @@ def test_with_an_image_podman_gets_the_same_flags(script: Path, programs: Path) 
     program, *arguments = start(script, programs, IMAGE=IMAGE)
     assert program == "podman"
     options, flags = arguments[: arguments.index(IMAGE)], arguments[arguments.index(IMAGE) + 1 :]
-    assert ["--http_port", "8080", *flags] == [each.replace(models, "/mnt/models") for each in direct]
+    assert flags == [each.replace(models, "/mnt/models") for each in direct]
     settings_of(flags)
     assert options[:3] == ["run", "--rm", "--read-only"]
     assert f"{models}:/mnt/models:ro,Z" in options

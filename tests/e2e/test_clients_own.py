@@ -233,7 +233,8 @@ def test_the_command_sends_the_key_from_the_environment(listener: socket.socket,
             connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: %d\r\n\r\n%s" % (len(answer), answer))
         _, said = process.communicate(timeout=TIMEOUT)
     assert b"\r\nAuthorization: Bearer sesame\r\n" in request
-    assert (process.returncode, said) == (1, b"sdxl-paint: Not this key.\n")
+    sentence = b"sdxl-paint: Not this key. It is read from the environment variable SDXL_API_KEY.\n"
+    assert (process.returncode, said) == (1, sentence)
 
 
 # --- curl ------------------------------------------------------------------------------------------------------

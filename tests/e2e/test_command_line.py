@@ -386,6 +386,18 @@ def test_a_broken_model_index_is_named(
     failed(serve(tmp_path, without_torch, "--model_id", "model"), "model/model_index.json", says)
 
 
+def test_a_folder_of_models_and_a_folder_of_files_are_told_what_to_name(
+    tmp_path: Path, without_torch: dict[str, str]
+) -> None:
+    (tmp_path / "models" / "flux").mkdir(parents=True)
+    (tmp_path / "models" / "sd_xl_base_1.0.safetensors").touch()
+    finished = serve(tmp_path, without_torch, "--model_id", "models")
+    failed(finished, "model_index.json does not exist", "sd_xl_base_1.0.safetensors, is named with --single_file_model")
+    (tmp_path / "models" / "flux" / "model_index.json").write_text("{}")
+    finished = serve(tmp_path, without_torch, "--model_id", "models")
+    failed(finished, "model_index.json does not exist", "name one of the models in it, such as models/flux")
+
+
 def test_a_gpu_that_is_not_there_is_told_so(tmp_path: Path) -> None:
     finished = serve(tmp_path, {"CUDA_VISIBLE_DEVICES": ""}, "--model_id", "demo", "--device", "cuda")
     failed(finished, "--device is cuda, but no GPU is visible here; use --device cpu.")

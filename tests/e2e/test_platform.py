@@ -180,6 +180,13 @@ def test_why_settings_are_wrong_stands_there_too(tmp_path: Path) -> None:
     code, sentence = end(tmp_path, "--max_steps", "many", env={"TERMINATION_LOG": str(log)})
     assert code == 2 and "--max_steps" in sentence
     assert log.read_text() == sentence
+    code, sentence = end(tmp_path, "--max_step", "4", "--termination-log", str(log))
+    assert code == 2 and "'--max_step' is not a flag" in sentence
+    assert log.read_text() == sentence
+    (tmp_path / ".env").write_text(f"TERMINATION_LOG={log}\nMAX_STEPS=few\n")
+    code, sentence = end(tmp_path)
+    assert code == 2 and "MAX_STEPS in .env" in sentence
+    assert log.read_text() == sentence
 
 
 def test_without_the_file_there_are_no_last_words_but_on_standard_error(tmp_path: Path) -> None:

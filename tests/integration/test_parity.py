@@ -246,6 +246,11 @@ def test_what_the_model_cannot_do_is_refused_with_what_it_can(
             {"negative_crops_coords_top_left": (8, 8)},
             "negative_crops_coords_top_left has no effect without negative_original_size and negative_target_size",
         ),
+        (
+            {"image": picture(), "strength": 0.6},
+            {"negative_crops_coords_top_left": (40, 40)},
+            "negative_crops_coords_top_left has no effect with an image",
+        ),
         ({}, {"eta": 0.5}, "eta has no effect with the scheduler EulerDiscreteScheduler"),
         ({"scheduler": "Euler a"}, {"eta": 0.5}, "eta has no effect with the scheduler Euler a"),
         ({"scheduler": "LCM"}, {"timestep_spacing": "trailing"}, "timestep_spacing has no effect with the scheduler"),

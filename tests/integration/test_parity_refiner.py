@@ -197,6 +197,7 @@ def test_without_a_refiner_its_parameters_have_no_effect_and_that_is_said(family
             {"negative_aesthetic_score": 9.0},
             "negative_aesthetic_score has no effect without gui",
         ),
+        ({}, {"negative_target_size": (8, 8)}, "negative_target_size has no effect without negative_original_size"),
     ],
 )
 def test_what_is_the_refiners_and_has_no_effect_is_said(

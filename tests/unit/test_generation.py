@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import InvalidRequest
-from app.generation import MAX_SEED, PARAMETERS, GenerateRequest, ImageFormat, Kind, Limits
+from app.generation import MAX_SEED, PARAMETERS, GenerateRequest, ImageFormat, Kind, Limits, Pixels
 from app.parameters import check_combinations, check_limits, parse_parameter
 from app.sentences import SYNONYMS, describe, nearest
 
@@ -101,6 +101,15 @@ def test_any_value_is_taken_or_refused_never_changed(name: str, value: Any) -> N
 def test_what_is_too_much_is_refused_by_the_name_of_the_limit(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         check_limits([GenerateRequest(**{"prompt": "p", **parameters})], LIMITS)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 4096), (1024, 2048)])
+def test_an_image_whose_own_size_is_too_much_is_said_to_be_resized_where_a_size_is_given(
+    height: int, width: int
+) -> None:
+    image = Pixels(bytes(3 * height * width), height, width)
+    with pytest.raises(InvalidRequest, match=r"setting max_.*give height and width to have it resized\.$"):
+        check_limits([GenerateRequest(prompt="p", image=image, height=height, width=width)], LIMITS)
 
 
 def test_images_of_all_prompts_count_together() -> None:

@@ -17,6 +17,20 @@ def load(*arguments: str, env: dict[str, str] | None = None, env_file: Path = NO
     return load_settings(arguments, env or {}, env_file)
 
 
+# --- The .env file ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line", ['API_KEY="open', "API_KEY='it's'", 'API_KEY="a"b"', "API_KEY: geheim", "API_KEY geheim"]
+)
+def test_a_line_of_the_env_file_that_cannot_be_read_is_not_left_out(tmp_path: Path, line: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(f"# who may ask\n\n{line}\nMAX_STEPS=20\n")
+    with pytest.raises(InvalidSettings, match=r"\.env cannot be read in line 3: it must be NAME=value") as told:
+        load(env_file=env_file)
+    assert "geheim" not in str(told.value)
+
+
 # --- Several values --------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,19 @@ def test_the_access_log_is_written_as_asked(caplog: pytest.LogCaptureFixture) ->
     assert caplog.messages == ['10.0.0.1 "GET /v2 HTTP/1.1" 200 99 0.250000']
 
 
+def test_the_access_log_takes_asgi_loggers_long_names_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        AccessLog('%(client_addr)s "%(request_line)s" %(status_code)s').log(
+            Access(client="10.0.0.1", method="GET", path="/v2", query="a=1", protocol="HTTP/1.1", status=200)
+        )
+    assert caplog.messages == ['10.0.0.1 "GET /v2?a=1 HTTP/1.1" 200 OK']
+
+
+def test_a_placeholder_that_is_not_known_is_told_with_those_that_are() -> None:
+    with pytest.raises(InvalidSettings, match=r"placeholder 'asctime', which is unknown; known are %\(h\)s, "):
+        AccessLog("%(asctime)s")
+
+
 @pytest.mark.parametrize("line_format", ["%(unknown)s", "%(h)", "%s %s", "%(h)d"])
 def test_an_access_log_format_that_cannot_be_used_is_refused_at_the_start(line_format: str) -> None:
     with pytest.raises(InvalidSettings, match="access_log_format"):
