@@ -98,3 +98,9 @@ def no_effect(names: Sequence[str], why: str) -> list[str]:
 def in_seconds(seconds: float) -> str:
     """A duration, such as ``2.5 seconds``."""
     return f"{seconds:.1f} seconds" if seconds >= 0.05 else "less than 0.1 seconds"
+
+
+def amount(done: int, total: int) -> str:
+    """Bytes, such as ``1.2 of 5.1 GB``."""
+    unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
+    return f"{done / unit:.1f} of {total / unit:.1f} {name}"

@@ -32,7 +32,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 180, 300, 600)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
-REJECTED = ("invalid_request", "model_not_found", "unavailable", "model_not_ready", "overloaded", "shutting_down")
+REJECTED = ("invalid_request", "model_not_found", "model_not_ready", "overloaded", "shutting_down")
 FAILED = ("generation_failed", "deadline_exceeded", "out_of_memory", "device_lost", "shutting_down")
 """Reasons that requests are turned away for, and fail for, most of all: codes of `app.errors`."""
 
@@ -63,7 +63,7 @@ class Telemetry:
         self.predict = histogram("request_predict_seconds", "From acceptance to the last finished image.")
         self.postprocess = histogram("request_postprocess_seconds", "Writing the answer.")
 
-        self.queue_wait = histogram("sdxl_queue_wait_seconds", "From acceptance to the first denoising step.")
+        self.queue_wait = histogram("sdxl_queue_wait_seconds", "From acceptance until it leaves the queue.")
         self._stage = Histogram(
             "sdxl_stage_seconds", "Seconds per stage.", ["model_name", "stage"], buckets=SECONDS, registry=self.registry
         )
@@ -74,8 +74,8 @@ class Telemetry:
         self._rejected = counter("sdxl_rejected_total", "Requests not accepted.", "reason")
         self._failed = counter("sdxl_failed_total", "Accepted requests that failed.", "reason")
         self.cancelled = counter("sdxl_cancelled_total", "Accepted requests whose caller left or said stop.")
-        self.pending = gauge("sdxl_pending_images", "Images accepted that no step was taken for yet.")
-        self.running = gauge("sdxl_running_images", "Images being denoised, decoded or encoded.")
+        self.pending = gauge("sdxl_pending_images", "Images accepted that are still in the queue.")
+        self.running = gauge("sdxl_running_images", "Images that have left the queue and are not done.")
         self.queue_seconds = gauge("sdxl_queue_seconds", "Seconds until all accepted work is likely to be done.")
         self.admitted_seconds = counter(
             "sdxl_admitted_seconds_total", "Device seconds that accepted requests were estimated to take."
@@ -106,7 +106,7 @@ class Telemetry:
             self._failed.labels(**self._model, reason=reason)
         for outcome in ("joined", "replayed", "conflict"):
             self._idempotent.labels(**self._model, outcome=outcome)
-        for outcome in ("shown", "none", "failed"):
+        for outcome in ("shown", "left_out", "none", "failed"):
             self._previews.labels(**self._model, outcome=outcome)
         for event in ("queued", "step", "preview", "done", "error"):
             self._stream_events.labels(**self._model, event=event)
@@ -144,7 +144,7 @@ class Telemetry:
         self._idempotent.labels(**self._model, outcome=outcome).inc()
 
     def preview(self, outcome: str) -> None:
-        """Count a preview; the outcomes are shown, none and failed."""
+        """Count a preview; the outcomes are shown, left_out, none and failed."""
         self._previews.labels(**self._model, outcome=outcome).inc()
 
     def stream_event(self, event: str) -> None:

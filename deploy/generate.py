@@ -143,7 +143,7 @@ ROWS: list[tuple[str, list[Panel]]] = [
         "Time",
         [
             graph("Request", "From acceptance to the last finished image.", "s", *quantiles("request_predict_seconds")),
-            graph("Waiting", "From acceptance to the first step.", "s", *quantiles("sdxl_queue_wait_seconds")),
+            graph("Waiting", "From acceptance until it leaves the queue.", "s", *quantiles("sdxl_queue_wait_seconds")),
             graph(
                 "Stages, on average",
                 "Most are for all images that shared a pass; encode is for one image.",

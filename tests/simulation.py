@@ -25,8 +25,9 @@ class FinishesAtOnce:
         assert image.pixels is not None
         self._queue.finished(image, image.pixels.data[:1], 0.0)
 
-    def show(self, image: Image, pixels: Pixels) -> None:
+    def show(self, image: Image, pixels: Pixels) -> bool:
         self.shown.append((image.index, image.steps_done))
+        return True
 
 
 def places_taken(queue: Queue) -> int:

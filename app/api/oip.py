@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fastapi import APIRouter, Request, Response
 
 from app.api import documentation, edge
 from app.api.serving import Serving
 from app.engine.repository import Model, Repository
-from app.generation import PARAMETERS, GenerateRequest, Generation
+from app.generation import PARAMETERS, Generation
 from app.protocol import oip
 from app.protocol.generate import check_whole
 from app.protocol.infer_request import parse_infer
@@ -119,11 +117,7 @@ def router(serving: Serving, version: str) -> APIRouter:
             names = request.path_params
             return oip.write_infer(call, generation, names["model_name"], names.get("model_version"))
 
-        def check(call: oip.InferCall, requests: Sequence[GenerateRequest]) -> None:
-            check_whole(call)
-            oip.check_pixels(call, requests)
-
-        return edge.infer_response(*await serving.answer("infer", request, parse, write, check))
+        return edge.infer_response(*await serving.answer("infer", request, parse, write, check_whole))
 
     return routes
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,7 +18,7 @@ from app.api import documentation, edge
 from app.api.serving import Exchange, Serving
 from app.engine.batcher import Ticket
 from app.errors import Cancelled, RuntimeFault
-from app.generation import GenerateRequest, Generation, Preview, Progress
+from app.generation import Generation, Preview, Progress
 from app.protocol import oip
 from app.protocol.generate import (
     HEARTBEAT,
@@ -73,11 +73,8 @@ def router(serving: Serving) -> APIRouter:
         **documentation.generate(serving.settings),
     )
     async def generate(request: Request) -> Response:
-        def check(call: oip.InferCall, requests: Sequence[GenerateRequest]) -> None:
-            check_whole(call)
-            oip.check_pixels(call, requests)
-
-        return edge.infer_response(*await serving.answer("generate", request, parse(request), write(request), check))
+        answer = await serving.answer("generate", request, parse(request), write(request), check_whole)
+        return edge.infer_response(*answer)
 
     @routes.post(
         "/v2/models/{model_name}/generate_stream",

@@ -46,14 +46,6 @@ class Adapters:
         """What the next forward passes use."""
         return self._active or ()
 
-    def resolve(self, loras: Loras | None) -> Loras:
-        """In one order, without those whose scale is 0.
-
-        Raises:
-            InvalidRequest: a name that the server has not loaded.
-        """
-        return resolve(loras, self.names)
-
     def activate(self, loras: Loras) -> None:
         """Have the next forward passes use `loras` and no others; called on the device thread alone."""
         if loras == self._active:

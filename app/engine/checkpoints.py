@@ -132,11 +132,12 @@ def _shapes(path: Path, header: bytes, size: int) -> dict[str, tuple[int, ...]]:
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ModelLoadFailed(f"{path} is no safetensors file: its header cannot be read; {AGAIN}.") from None
-    whole = 8 + len(header)
+    position = 0
     for start, end, bits in ranges:
-        if start != whole - 8 - len(header) or end < start or (bits and (bits + 7) // 8 != end - start):
+        if start != position or end < start or (bits and (bits + 7) // 8 != end - start):
             raise ModelLoadFailed(f"{path} is damaged: its header contradicts itself; {AGAIN}.")
-        whole = 8 + len(header) + end
+        position = end
+    whole = 8 + len(header) + position
     if whole != size:
         what = "cut off" if size < whole else "damaged"
         raise ModelLoadFailed(f"{path} is {what}: it has {size} bytes and should have {whole}; {AGAIN}.")

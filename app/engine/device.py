@@ -12,6 +12,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch.overrides import TorchFunctionMode
 
+from app.engine.faults import FULL
 from app.errors import OutOfMemory
 
 P = ParamSpec("P")
@@ -31,10 +32,10 @@ def on_device(method: Callable[P, R]) -> Callable[P, R]:
             with torch.inference_mode():
                 return method(*args, **kwargs)
         except torch.OutOfMemoryError:
-            full = "The device has too little memory for this request; ask for a smaller size or fewer images."
+            pass
         # Raised outside the except block: the old traceback would keep the tensors alive.
         torch.cuda.empty_cache()
-        raise OutOfMemory(full)
+        raise OutOfMemory(FULL)
 
     return wrapper
 

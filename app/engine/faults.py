@@ -8,6 +8,17 @@ from app.errors import DeviceLost, GenerationFailed, OutOfMemory, RuntimeFault
 
 logger = logging.getLogger(__name__)
 
+REFUSED = (
+    "CUBLAS_STATUS_NOT_SUPPORTED",
+    "CUBLAS_STATUS_INVALID_VALUE",
+    "invalid configuration argument",
+    "invalid argument",
+)
+"""What CUDA says of a call that it does not begin with: the context stays whole, and only who asked for it fails.
+
+Source: cudaError_t in CUDA's runtime API, which says where an error means that the process must be relaunched.
+"""
+
 LOST = "The device failed and the server must be restarted; the request may be sent again then."
 FULL = "The device has too little memory for this request; ask for a smaller size or fewer images."
 
@@ -29,7 +40,8 @@ def as_fault(error: Exception) -> RuntimeFault:
     full = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or any(part in text for part in full):
         return OutOfMemory(FULL)
-    if kind == "AcceleratorError" or "CUDA error" in text or "HIP error" in text:
+    broken = kind == "AcceleratorError" or "CUDA error" in text or "HIP error" in text
+    if broken and not any(part in text for part in REFUSED):
         logger.critical("the device is lost", exc_info=error)
         return DeviceLost(LOST)
     return GenerationFailed(f"The generation failed inside the model ({kind}); the server's log says more.")

@@ -60,10 +60,12 @@ class Encoders:
                 logger.error("a picture could not be encoded", exc_info=error)
             self._queue.end(image.ticket, as_fault(error))
 
-    def show(self, image: Image, pixels: Pixels) -> None:
-        """Encode a preview and tell the listeners."""
-        if self._previews.acquire(blocking=False):
-            self._pool.submit(self._show, image, image.steps_done, pixels)
+    def show(self, image: Image, pixels: Pixels) -> bool:
+        """Encode a preview and tell the listeners; ``False`` where too many wait for that already."""
+        if not self._previews.acquire(blocking=False):
+            return False
+        self._pool.submit(self._show, image, image.steps_done, pixels)
+        return True
 
     def _show(self, image: Image, step: int, pixels: Pixels) -> None:
         try:

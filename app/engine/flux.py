@@ -238,7 +238,8 @@ class FluxFamily(Family[FluxJob]):
         image_latents = self._vae.encode(picture, generator, self._device, dtype)
         noise = draw_noise(shape, generator, self._device, dtype)
         with sending(self._device):
-            latents = scheduler.scale_noise(image_latents, scheduler.timesteps[first_step(request)].reshape(1), noise)
+            begins_at = scheduler.timesteps[scheduler.begin_index].reshape(1)
+            latents = scheduler.scale_noise(image_latents, begins_at, noise)
         if request.mask_image is None:
             return self._pack(latents), None
 

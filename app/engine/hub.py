@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from app.engine.checkpoints import SUFFIX
 from app.engine.folders import CLASSES, INDEX, Kind, read_index, stem
 from app.errors import ModelLoadFailed, first_line
+from app.sentences import amount
 
 logger = logging.getLogger(__name__)
 
@@ -218,9 +219,8 @@ class _Reporter:
         if now < self._next or not self._total:
             return
         self._next = now + SECONDS_BETWEEN_REPORTS
-        unit, of = (10**9, "GB") if self._total >= 10**9 else (10**6, "MB")
         share = min(100, round(100 * done / self._total))
-        self._report(f"downloading {self._name}: {done / unit:.1f} of {self._total / unit:.1f} {of}, {share} %")
+        self._report(f"downloading {self._name}: {amount(done, self._total)}, {share} %")
 
 
 def _bar(hear: Callable[[int], None]) -> type[Any]:

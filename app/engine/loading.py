@@ -25,6 +25,7 @@ from app.engine import clip_vocabulary
 from app.engine.checkpoints import AGAIN
 from app.engine.folders import INDEX, Component, ModelFolder, read_json, read_options
 from app.errors import ModelLoadFailed
+from app.sentences import amount
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +94,6 @@ class Progress:
             self._report(f"reading {name} ({amount(self._done, self._total)})")
         yield
         self._done += size
-
-
-def amount(done: int, total: int) -> str:
-    """Such as ``1.2 of 5.1 GB``."""
-    unit, name = (10**9, "GB") if total >= 10**9 else (10**6, "MB")
-    return f"{done / unit:.1f} of {total / unit:.1f} {name}"
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class Model:
         Args:
             requests: resolved.
             timeout: seconds that the caller is willing to wait; the server's own bound holds besides.
-            listener: hears of every step on the device thread.
+            listener: hears of its progress, on whatever thread made it.
             priority: 1 comes first, 9 last.
             preview: which previews the listener wants.
             once: makes it the same request as an earlier one, whose ticket is joined.

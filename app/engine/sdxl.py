@@ -142,8 +142,6 @@ class SdxlFamily(Family[SdxlJob]):
         latents, inpainting = self._latents(request, legs[0], generator, dtype)
         for leg in legs:
             schedulers.draw_on_host(leg.scheduler, latents, request.seed)
-        # So few steps that none falls to the base: the refiner gets the base's noise, as from the stock pipeline.
-        legs = [leg for leg in legs if len(leg.timesteps)] or legs[:1]
         guided = bool(conditioning.negative)
         rescale = request.guidance_rescale if guided else None
         steps = sum(len(leg.timesteps) for leg in legs)

@@ -51,7 +51,7 @@ def parts_of(request: GenerateRequest, base: Part, refiner: Part | None) -> list
 
 
 def plan(request: GenerateRequest, base: Part, refiner: Part | None) -> list[Stretch]:
-    """The way of one image of a resolved request, with a scheduler of its own for each part; the last may be empty.
+    """The way of one image of a resolved request, with a scheduler of its own for each part; one alone may be empty.
 
     Raises:
         InvalidRequest: the scheduler cannot do these steps.

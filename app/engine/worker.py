@@ -37,8 +37,8 @@ class Finisher(Protocol):
     def finish(self, image: Image) -> None:
         """Encode a whole picture and end its ticket with the last one."""
 
-    def show(self, image: Image, pixels: Pixels) -> None:
-        """Encode a preview and tell the listeners."""
+    def show(self, image: Image, pixels: Pixels) -> bool:
+        """Encode a preview and tell the listeners; ``False`` where too many wait for that already."""
 
 
 class Worker:
@@ -118,6 +118,7 @@ class Worker:
         image = Image(Ticket([request], [steps], 0.0, 0.0, self._queue), request, 0, steps)
         for _ in range(2):
             job = self.family.begin(request, self.family.encode(request))
+            image.rows = self.family.rows(job)
             started = self._clock()
             while not job.done:
                 self.family.step([job])
@@ -285,9 +286,11 @@ class Worker:
 
         fault = self._attempts.once("preview", [image], look)
         picture = shown[0] if shown else None
-        self._telemetry.preview("failed" if fault else "none" if picture is None else "shown")
-        if picture is not None and not image.ticket.over:
-            self._finisher.show(image, Pixels(picture.tobytes(), picture.shape[0], picture.shape[1]))
+        outcome = "failed" if fault else "none"
+        if picture is not None:
+            pixels = Pixels(picture.tobytes(), picture.shape[0], picture.shape[1])
+            outcome = "shown" if not image.ticket.over and self._finisher.show(image, pixels) else "left_out"
+        self._telemetry.preview(outcome)
 
     # --- Decoding ----------------------------------------------------------------------------------------------
 

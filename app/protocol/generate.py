@@ -90,14 +90,15 @@ def check_stream(call: InferCall, requests: Sequence[GenerateRequest]) -> None:
         )
 
 
-def check_whole(call: InferCall) -> None:
-    """Refuse what only a stream can give.
+def check_whole(call: InferCall, requests: Sequence[GenerateRequest]) -> None:
+    """Refuse what an answer in one piece cannot hold.
 
     Raises:
-        InvalidRequest: previews, for which an answer in one piece has no place.
+        InvalidRequest: previews, which only a stream can give, or what `check_pixels` refuses.
     """
     if call.preview is not None:
         raise InvalidRequest("preview needs a stream; send the request to generate_stream instead.")
+    check_pixels(call, requests)
 
 
 # --- Events ----------------------------------------------------------------------------------------------------

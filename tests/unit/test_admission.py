@@ -60,6 +60,20 @@ def test_the_first_picture_tells_what_the_next_ones_will_take(kind: type[Timed])
     assert clock.now - started == pytest.approx(expected) == pytest.approx(10 * 1.2 + 0.5)
 
 
+def test_the_first_picture_counts_the_rows_that_it_has_and_not_those_that_guidance_suggests() -> None:
+    class Distilled(Timed):
+        """Takes the guidance scale as an input."""
+
+        def rows(self, job: FakeJob) -> int:
+            del job
+            return 1
+
+    clock = Clock()
+    simulation = Simulation(Distilled(clock), clock=clock)
+    simulation.workers[0].load(warm_up=True)
+    assert simulation.costs.step(16 * 16, 1) == pytest.approx(1.1)
+
+
 def test_a_line_forgets_what_was_long_ago() -> None:
     line = Line()
     for _ in range(100):

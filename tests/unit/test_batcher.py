@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from app import heap
+from app.engine import finishing
 from app.engine.batcher import Batcher, Ticket
 from app.engine.family import Family
 from app.errors import (
@@ -26,7 +27,7 @@ from app.errors import (
     Overloaded,
     ShuttingDown,
 )
-from app.generation import MAX_SEED, GenerateRequest, PreviewKind, PreviewWish
+from app.generation import MAX_SEED, GenerateRequest, Preview, PreviewKind, PreviewWish
 from app.telemetry import Telemetry
 from tests.fakes import Dies, FailsAt, FakeJob, Gated, Instant, Previews, ReadsSlowly, RunsOutOfMemory, Slow
 from tests.simulation import places_taken
@@ -324,6 +325,21 @@ def test_closing_ends_what_does_not_finish(grace: float, harness: Callable[..., 
         ticket.future.result(WAIT)
     closer.join(WAIT)
     eventually(lambda: not each.batcher.alive)
+
+
+def test_previews_that_come_faster_than_they_are_encoded_are_left_out_and_counted_so(
+    harness: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finishing, "PREVIEWS_AT_ONCE", 0)
+    family = Previews()
+    each = harness(family)
+    request = family.resolve(GenerateRequest(prompt="p", seed=1, num_inference_steps=4))
+    wish = PreviewWish(PreviewKind.LATENTS, 1)
+    heard: list[object] = []
+    each.batcher.submit([request], WAIT, heard.append, preview=wish).future.result(WAIT)
+    assert not any(isinstance(news, Preview) for news in heard)
+    counts = [each.metric("sdxl_previews_total", outcome=outcome) for outcome in ("shown", "left_out")]
+    assert counts == [0, 3]
 
 
 def test_a_preview_that_is_made_while_the_server_ends_is_nobodys_and_does_no_harm(
