@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Where the compilers keep what they made, by the variables that tell them."""
+SEPARATORS = re.compile(r"[\s'\"\\]")
+"""Where torch takes the C++ compiler's command apart. Source: ``shlex.split`` in ``torch/_inductor/cpp_builder.py``."""
 FULL = 16 * 1024**2
 """Bytes of free space below which it is the likely reason why nothing compiles."""
 MARK = "compiling-"
@@ -39,7 +42,7 @@ def folder_of(settings: Settings) -> Path | None:
         return settings.cache_dir
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-runtime"
     chosen = any(os.environ.get(each, str(usual / name)) != str(usual / name) for each, name in FOLDERS.items())
-    return None if chosen else usual
+    return None if chosen or SEPARATORS.search(str(usual)) else usual
 
 
 def keep(settings: Settings) -> None:
@@ -51,6 +54,11 @@ def keep(settings: Settings) -> None:
     folder = folder_of(settings)
     if folder is None:
         return
+    if settings.compiles and SEPARATORS.search(str(folder.absolute())):
+        raise InvalidSettings(
+            f"--cache_dir is {folder}, but the C++ compiler is given no path with spaces, quotes or backslashes; name "
+            "another one."
+        )
     for variable, name in FOLDERS.items():
         try:
             (folder / name).mkdir(parents=True, exist_ok=True)

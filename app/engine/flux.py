@@ -23,7 +23,7 @@ from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
 from app.engine.flux_job import Conditioning, Embedding, FluxJob, Kept, Prompt
 from app.engine.flux_requests import FluxRequests
 from app.engine.fp8 import use_fp8
-from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
+from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization, guided_steps
 from app.engine.step_cache import SHORTEST, Added, StepCache, plan
 from app.engine.vae import CPU_DECODE_LOAD, Vae
 from app.engine.warming import warm
@@ -113,7 +113,7 @@ class FluxFamily(Family[FluxJob]):
         return self._schedulers.passes(request)
 
     def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
-        losses = self._optimization.losses(request, guided=self._requests.guided(request))
+        losses = self._optimization.losses(request, self.steps(request) if self._requests.guided(request) else 0)
         return (*losses, f"step_cache {self._optimization.step_cache}") if self._leaves_out(request) else losses
 
     def _leaves_out(self, request: GenerateRequest) -> bool:
@@ -209,7 +209,7 @@ class FluxFamily(Family[FluxJob]):
             step_options=schedulers.step_options(scheduler, generator, eta=0.0),
             timesteps=sent,
             guidance=guidance,
-            guided_steps=round(len(timesteps) * (1.0 if request.guidance_end is None else request.guidance_end)),
+            guided_steps=guided_steps(request, len(timesteps)),
             true_cfg_scale=request.true_cfg_scale,
             image_ids=image_ids,
             kept=kept,

@@ -15,6 +15,7 @@ from app.engine.flow_schedulers import FlowSchedulers, first_step
 from app.engine.tokens import TokenCounter
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageTask
+from app.sentences import no_effect
 
 STOCK: Mapping[ImageTask, type[Any]] = MappingProxyType(
     {
@@ -167,6 +168,8 @@ class FluxRequests:
                 sentences.append("true_cfg_scale has no effect without negative_prompt.")
         elif request.negative_prompt or request.negative_prompt_2:
             sentences.append("The negative prompt has no effect without a true_cfg_scale above 1.")
+        if not self.guided(request) and request.guidance_end is not None and request.guidance_end < 1:
+            sentences += no_effect(["guidance_end"], "without a true_cfg_scale above 1 and negative_prompt")
         return tuple(sentences)
 
     @staticmethod

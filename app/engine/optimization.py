@@ -52,6 +52,11 @@ LOSSY_PARAMETERS = frozenset({"guidance_end"})
 """With which a request trades its picture for speed."""
 
 
+def guided_steps(request: GenerateRequest, steps: int) -> int:
+    """How many of so many steps with guidance ask for the negative prompt, before its `guidance_end`."""
+    return round(steps * (1.0 if request.guidance_end is None else request.guidance_end))
+
+
 @dataclass(frozen=True, slots=True)
 class Optimization:
     """How hard the device is made to work.
@@ -117,14 +122,14 @@ class Optimization:
             if part is not None:
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def losses(self, request: GenerateRequest, guided: bool) -> tuple[str, ...]:
+    def losses(self, request: GenerateRequest, steps: int) -> tuple[str, ...]:
         """What a resolved request's picture pays for speed.
 
         Args:
             request: resolved.
-            guided: its negative prompt counts.
+            steps: that it would take with guidance, 0 where its negative prompt does not count.
         """
-        cut = guided and request.guidance_end is not None and request.guidance_end < 1
+        cut = guided_steps(request, steps) < steps
         server = (("fp8", self.fp8), (f"quantization {self.quantization}", self.quantization != "none"))
         return tuple(name for name, holds in (*server, ("guidance_end", cut)) if holds)
 
@@ -182,6 +187,8 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         raise ModelLoadFailed(
             f"--step_cache needs all weights on the device; leave it or --device {placement.offload} out."
         )
+    if settings.compiles and (settings.vae_tiling or settings.vae_slicing):
+        logger.warning("--vae_tiling and --vae_slicing: the VAE's decoder is not compiled")
     fp8 = level == "max" and placement.dtype == torch.bfloat16 and has_fp8(placement.device)
     if fp8 and settings.lora:
         logger.warning("--optimize max: adapters need weights in full, so matrix products are not done in 8 bits")

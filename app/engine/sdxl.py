@@ -20,7 +20,7 @@ from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
 from app.engine.device import Pace, draw_noise, on_device, sending
 from app.engine.family import Family
-from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization
+from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization, guided_steps
 from app.engine.prompts import Embedding
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
 from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
@@ -84,7 +84,7 @@ class SdxlFamily(Family[SdxlJob]):
         return self._requests.steps(request)
 
     def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
-        return self._optimization.losses(request, guided=self._requests.guided(request))
+        return self._optimization.losses(request, self.steps(request) if self._requests.guided(request) else 0)
 
     def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
         return self._requests.warnings(request)
@@ -151,7 +151,7 @@ class SdxlFamily(Family[SdxlJob]):
             latents=latents,
             generator=generator,
             legs=legs,
-            guided_steps=round(steps * given(request.guidance_end, 1.0)) if guided else 0,
+            guided_steps=guided_steps(request, steps) if guided else 0,
             guidance=self._scalar(request.guidance_scale),
             rescale=(self._scalar(rescale), self._scalar(1 - rescale)) if rescale else None,
             inpainting=inpainting,

@@ -189,6 +189,7 @@ class SdxlRequests:
             sentences.append("negative_prompt_2 has no effect without negative_prompt.")
         if not guided:
             names = ["guidance_rescale"] if request.guidance_rescale else []
+            names += ["guidance_end"] if given(request.guidance_end, 1.0) < 1 else []
             names += [name for name in NEGATIVE_SIZES if getattr(request, name) is not None]
             sentences += no_effect(names, "without guidance")
         elif request.task is ImageTask.TEXT_TO_IMAGE:

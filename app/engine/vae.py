@@ -175,10 +175,15 @@ class Vae:
         """Only the device thread comes here, so nobody meets the module between the two casts."""
         before = self.module.dtype
         try:
-            self.module.to(torch.float32)
+            self._cast(torch.float32)
             yield
         finally:
-            self.module.to(before)
+            self._cast(before)
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # Weights that are made while nothing is recorded are of another kind: what was compiled takes them for others.
+        with torch.inference_mode(False):
+            self.module.to(dtype)
 
     # --- Previews ----------------------------------------------------------------------------------------------
 

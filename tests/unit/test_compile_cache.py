@@ -167,3 +167,17 @@ def test_a_full_disk_is_named_where_nothing_can_be_compiled(tmp_path: Path, monk
     ):
         raise ModelLoadFailed("The model cannot be compiled here (C++ compile error).")
     assert not [*tmp_path.rglob("*.so")]
+
+
+@pytest.mark.parametrize("name", ["my cache", "o'clock", 'a"b', "back\\slash"])
+def test_a_place_that_the_compiler_cannot_be_told_is_refused_or_left_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its words would be "C++ compile error", at each start."""
+    with pytest.raises(InvalidSettings, match="no path with spaces"):
+        compile_cache.keep(Settings(optimize="compile", cache_dir=tmp_path / name))
+    for variable in FOLDERS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+    compile_cache.keep(Settings(optimize="compile"))
+    assert os.environ.keys().isdisjoint(FOLDERS), "the compilers' own places will do"
