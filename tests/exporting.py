@@ -205,3 +205,25 @@ def rename_flux(transformer: Any) -> Tensors:
             else:
                 assert found[3].rpartition(".")[2] in ("to_k", "to_v", "add_k_proj", "add_v_proj", "proj_mlp"), name
     return tensors
+
+
+def scale(tensors: Mapping[str, torch.Tensor], beginning: str, what: str = "scale_weight") -> Tensors:
+    """Matrices whose names begin so, in 8 bits with a scale beside each, as ComfyUI's "fp8_scaled" files have them."""
+    scaled = {f"{beginning}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name, tensor in tensors.items():
+        scaled[name] = tensor
+        if name.startswith(beginning) and name.endswith(".weight") and tensor.ndim == 2:
+            layer, factor = name.removesuffix("weight"), tensor.abs().max() / 448
+            scaled |= {name: (tensor / factor).to(torch.float8_e4m3fn), f"{layer}{what}": factor}
+            scaled[f"{layer}{'scale_input' if what == 'scale_weight' else 'input_scale'}"] = torch.ones(())
+    return scaled
+
+
+def unscaled(tensors: Mapping[str, torch.Tensor], what: str = "scale_weight") -> Tensors:
+    """What such a file stands for."""
+    plain = {}
+    for name, tensor in tensors.items():
+        if not name.endswith((what, "scale_input", "input_scale", "scaled_fp8")):
+            factor = tensors.get(f"{name.removesuffix('weight')}{what}")
+            plain[name] = tensor if factor is None else tensor.float() * factor
+    return plain

@@ -20,6 +20,15 @@ from app.settings import ADAPTER
 
 logger = logging.getLogger(__name__)
 
+UNREAD = (
+    # A part of tensors' names, and the adapters that have it: diffusers refuses these, or reads a part of them.
+    ("dora_scale", "a DoRA in the layout of kohya's scripts"),
+    (".hada_w", "a LoHa of LyCORIS"),
+    (".lokr_w", "a LoKr of LyCORIS"),
+    (".oft_", "an OFT"),
+    (".on_input", "an (IA)³ of LyCORIS"),
+)
+
 Loras = tuple[tuple[str, float], ...]
 """Names and scales, as `GenerateRequest.loras` has them."""
 
@@ -85,6 +94,8 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
     if not references:
         return None
     scales: dict[str, float] = {}
+    transformer = getattr(pipeline, "transformer", None)
+    channels = None if transformer is None else transformer.config.in_channels
     for reference in references:
         name, path, scale = parse_reference(reference)
         if name in scales:
@@ -96,9 +107,18 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
                 pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
         except Exception as error:
-            raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {first_line(error)}.") from error
+            why = "its layers are of other sizes" if "size mismatch" in str(error) else first_line(error)
+            raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {why}.") from error
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             raise ModelLoadFailed(f"The adapter in {path} has no weights for this model; name one made for it.")
+        if transformer is not None and (
+            transformer.config.in_channels != channels or getattr(transformer, "_transformer_norm_layers", None)
+        ):
+            # diffusers has changed the model itself, for requests without the adapter too.
+            raise ModelLoadFailed(
+                f"The adapter in {path} is a Control LoRA (such as FLUX.1 Depth or Canny), which needs a second "
+                "picture in every step and is not served; leave it out."
+            )
         scales[name] = scale
     pipeline.disable_lora()
     return Adapters(pipeline, scales)
@@ -121,7 +141,7 @@ def parse_reference(reference: str) -> tuple[str, Path, float]:
 
 
 def _check_file(path: Path) -> None:
-    """Only whole ``.safetensors`` files are read; the others could run code."""
+    """Only whole ``.safetensors`` files are read, as the others could run code, and only what diffusers reads whole."""
     if path.suffix != ".safetensors":
         raise ModelLoadFailed(f"The adapter {path} is no .safetensors file; convert it, other formats are not read.")
     try:
@@ -136,3 +156,6 @@ def _check_file(path: Path) -> None:
         raise ModelLoadFailed(f"The adapter {path} is damaged or no safetensors file; fetch it again.") from None
     if size != 8 + length + end:
         raise ModelLoadFailed(f"The adapter {path} is not whole ({size} of {8 + length + end} bytes); fetch it again.")
+    for part, kind in UNREAD:
+        if any(part in name for name in header):
+            raise ModelLoadFailed(f"The adapter {path} is {kind}, and only LoRA and LoCon are read; take one of those.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -51,13 +52,13 @@ def load_sdxl_file(
         ModelLoadFailed: naming the file and what to do.
     """
     with told(str(file.path)):
-        tensors = load_file(file.path)
+        tensors = unscale(load_file(file.path), numbers.dtype)
     sizes = {prefix: _size(tensors, prefix) for prefix in _prefixes(file)}
     loaded = dict(known or {})
     for name in ("tokenizer", "tokenizer_2"):
         if name not in loaded and (name == "tokenizer_2" or BASE_ENCODER in sizes):
             loaded[name] = make_clip_tokenizer(file.config, name, flag, file.path)
-    loaded["scheduler"] = load_scheduler(file.config)
+    loaded["scheduler"] = load_scheduler(file.config, file.schedule)
     encoders = (
         {"text_encoder": BASE_ENCODER, "text_encoder_2": BASE_ENCODER_2}
         if BASE_ENCODER in sizes
@@ -101,7 +102,7 @@ def load_flux_file(file: SingleFile, rest: ModelFolder, numbers: Format, progres
     prefix = flux_prefix(file.checkpoint)
 
     def convert(_config: Mapping[str, Any]) -> Tensors:
-        tensors = load_file(file.path)
+        tensors = unscale(load_file(file.path), numbers.dtype, prefix or "")
         return tensors if prefix is None else convert_flux(tensors, prefix)
 
     with progress.reading("transformer", file.checkpoint.size):
@@ -116,12 +117,35 @@ def load_flux_file(file: SingleFile, rest: ModelFolder, numbers: Format, progres
     return loaded
 
 
-def load_scheduler(config: Path) -> Any:
-    """The scheduler that the configuration of a model names."""
+def load_scheduler(config: Path, overrides: Mapping[str, object] = MappingProxyType({})) -> Any:
+    """The scheduler that the configuration of a model names, with `overrides` in place of entries of its own."""
     folder = config / "scheduler"
     with told(str(folder)):
         class_name = read_json(folder / "scheduler_config.json")["_class_name"]
-        return getattr(diffusers, class_name).from_pretrained(folder, local_files_only=True)
+        return getattr(diffusers, class_name).from_pretrained(folder, local_files_only=True, **overrides)
+
+
+SCALES = ("scale_weight", "weight_scale")
+"""What UIs call the number by which weights in 8 bits are multiplied, as of today and before."""
+ASIDE = (*SCALES, "scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+"""What they keep beside such weights."""
+
+
+def unscale(tensors: Tensors, dtype: torch.dtype, prefix: str = "") -> Tensors:
+    """`tensors` whose names begin with `prefix`; weights in 8 bits that have a scale beside them, multiplied by it."""
+    plain = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if not name.startswith(prefix) or kind in ASIDE:
+            continue
+        scale = next((tensors[each] for each in (f"{layer}.{what}" for what in SCALES) if each in tensors), None)
+        if kind == "weight" and scale is not None:
+            # One for all, or one for each row.
+            rows = scale.float().reshape(-1, *[1] * (tensor.ndim - 1))
+            plain[name] = (tensor.float() * rows).to(dtype)
+        else:
+            plain[name] = tensor
+    return plain
 
 
 def _prefixes(file: SingleFile) -> list[str]:

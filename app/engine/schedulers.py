@@ -32,6 +32,10 @@ TRIAL_STEPS = 7
 """By which spacings are compared: every scheduler can do so many, and they tell as well as more."""
 
 
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Those for models that were trained with the noise levels of Karras et al., such as Playground 2.5."""
+
+
 def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp"))
 
@@ -52,6 +56,8 @@ class Schedulers:
         for name, (class_name, _) in NAMES.items():
             self._known.setdefault(_key(class_name), class_name)
             self._known[_key(name)] = name
+        if self._default in EDM:
+            self._known |= {_key(name): name for name in EDM}
 
     def resolve(self, request: GenerateRequest) -> str:
         """The one spelling of the name of the scheduler that `request` asks for; ``None`` is the model's own.
@@ -66,6 +72,11 @@ class Schedulers:
             if not name:
                 hint = nearest(request.scheduler, NAMES) or f"; there are {', '.join(NAMES)}"
                 raise InvalidRequest(f"There is no scheduler {describe(request.scheduler)}{hint}.")
+        if self._default in EDM and name not in EDM:
+            raise InvalidRequest(
+                f"The scheduler {name} does not go with this model, which was trained for other noise; leave it out, "
+                f"or take {' or '.join(EDM)}."
+            )
         scheduler_class = _class(name)
         accepted = inspect.signature(scheduler_class).parameters
         for option in OPTIONS:

@@ -8,24 +8,49 @@ is not imported.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from app.engine.checkpoints import Checkpoint, check_suffix, read_checkpoint
-from app.engine.folders import INDEX, NAMES, Kind, is_model_folder, read_index, read_json
+from app.engine.folders import NAMES, Kind, is_model_folder, read_index, read_json
 from app.errors import ModelLoadFailed
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parent / "configs"
 
+VELOCITY = (
+    # The name of a tensor without content by which UIs tell such models, and what it means to the noise schedule.
+    ("v_pred", "prediction_type", "v_prediction"),
+    ("ztsnr", "rescale_betas_zero_snr", True),
+)
+
 UNET = "model.diffusion_model."
+EDM = ("edm_mean", "edm_vpred.sigma_max")
+"""Playground 2.5 and CosXL have SDXL's shapes but other noise levels, and say so by a tensor."""
 BASE_ENCODER = "conditioner.embedders.0.transformer."
 BASE_ENCODER_2 = "conditioner.embedders.1.model."
 REFINER_ENCODER = "conditioner.embedders.0.model."
 VAES = ("first_stage_model.", "vae.")
+
+RELATIVES = (
+    # Part of a tensor's name, and what a file is that has it and otherwise looks like one of ours.
+    ("controlnet_", "a ControlNet, which is not served; take an SDXL or FLUX model"),
+    ("distilled_guidance_layer.", "a Chroma model, which is not served; take an SDXL or FLUX.1 model"),
+    ("double_stream_modulation_img.", "a FLUX.2 model, which is not served; take an SDXL or FLUX.1 model"),
+    (
+        ".quant_state.bitsandbytes__",
+        "a model in 4 bits of bitsandbytes, which is not read; take it in 8 or 16, perhaps with --quantization nf4",
+    ),
+)
+FLUX_TOOLS: Mapping[tuple[int, ...], str] = MappingProxyType(
+    {(3072, 128): "FLUX.1 Depth or Canny", (3072, 384): "FLUX.1 Fill"}
+)
+"""Models that read a second picture in every step, by the shape of their first layer."""
 
 OTHERS = (
     # The beginning of a tensor's name, and what a file with such a tensor is.
@@ -60,6 +85,11 @@ class SingleFile:
     def path(self) -> Path:
         return self.checkpoint.path
 
+    @property
+    def schedule(self) -> dict[str, object]:
+        """What the file itself knows better, for the scheduler."""
+        return {entry: value for name, entry, value in VELOCITY if name in self.checkpoint.shapes}
+
 
 def read_single_file(path: Path, config_dir: Path | None, flag: str, near: tuple[Path, ...] = ()) -> SingleFile:
     """Check a single file and find its configuration.
@@ -85,6 +115,11 @@ def read_single_file(path: Path, config_dir: Path | None, flag: str, near: tuple
         said, _ = read_index(config_dir)
         if said is not kind:
             raise ModelLoadFailed(f"{path} holds {NAMES[kind]}, but {config_dir} configures {NAMES[said]}.")
+        if _is_edm(checkpoint) and not _configures_edm(config_dir):
+            raise ModelLoadFailed(
+                f"{path} was trained with other noise levels than the scheduler in {config_dir} has, which must be "
+                f"EDMEulerScheduler or EDMDPMSolverMultistepScheduler; name the model's own folder with --{flag}."
+            )
         return SingleFile(checkpoint, kind, config_dir, False, overrides)
     for folder in (*near, path.parent):
         if _configures(folder, checkpoint, kind):
@@ -114,7 +149,12 @@ def detect(checkpoint: Checkpoint) -> Kind:
         ModelLoadFailed: something else, which the sentence names.
     """
     names = checkpoint.shapes
+    for part, what in RELATIVES:
+        if any(part in name for name in names):
+            raise ModelLoadFailed(f"{checkpoint.path} is {what}.")
     if flux_prefix(checkpoint) is not None or is_diffusers_flux(checkpoint):
+        if tool := FLUX_TOOLS.get(_flux_input(checkpoint)):
+            raise ModelLoadFailed(f"{checkpoint.path} is {tool}, which is not served; take FLUX.1 dev or schnell.")
         return Kind.FLUX
     for kind, encoders in ((Kind.SDXL, (BASE_ENCODER, BASE_ENCODER_2)), (Kind.REFINER, (REFINER_ENCODER,))):
         parts = {"UNet": (UNET,), "VAE": VAES} | {f"text encoder ({each}*)": (each,) for each in encoders}
@@ -124,6 +164,11 @@ def detect(checkpoint: Checkpoint) -> Kind:
             if missing:
                 raise ModelLoadFailed(
                     f"{checkpoint.path} holds {NAMES[kind]} without its {missing[0]}; take a file with the whole model."
+                )
+            if checkpoint.shapes.get(f"{UNET}input_blocks.0.0.weight", ())[1:2] == (8,):
+                raise ModelLoadFailed(
+                    f"{checkpoint.path} edits pictures as InstructPix2Pix and CosXL Edit do, which is not served; take "
+                    "a base model, or one that inpaints."
                 )
             return kind
     if any(".lora_" in name or ".lora." in name for name in names):
@@ -150,13 +195,28 @@ def is_diffusers_flux(checkpoint: Checkpoint) -> bool:
     return {"x_embedder.weight", "transformer_blocks.0.attn.add_q_proj.weight"} <= checkpoint.shapes.keys()
 
 
+def _flux_input(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The shape of a FLUX transformer's first layer."""
+    shapes = checkpoint.shapes
+    return shapes.get(f"{flux_prefix(checkpoint) or ''}img_in.weight") or shapes.get("x_embedder.weight") or ()
+
+
 def _overrides(checkpoint: Checkpoint, kind: Kind) -> dict[str, object]:
     if kind is Kind.FLUX:
         guidance = any("guidance_in." in name or "guidance_embedder." in name for name in checkpoint.shapes)
-        return {"guidance_embeds": guidance}
+        # FLUX.1 lite and its like are FLUX.1 without some of its blocks.
+        blocks = {"num_layers": r"(double|transformer)_blocks", "num_single_layers": r"single_(transformer_)?blocks"}
+        return {"guidance_embeds": guidance} | {name: _count(checkpoint, each) for name, each in blocks.items()}
     first = checkpoint.shapes.get(f"{UNET}input_blocks.0.0.weight", ())
     # Inpainting models take the mask and the masked picture as further channels.
     return {"in_channels": first[1] if len(first) > 1 else 4}
+
+
+def _count(checkpoint: Checkpoint, blocks: str) -> int:
+    """How many blocks there are whose names match."""
+    pattern = re.compile(rf"({re.escape(UNET)})?{blocks}\.(\d+)\.")
+    found = [each for each in map(pattern.match, checkpoint.shapes) if each]
+    return 1 + max((int(each[each.re.groups]) for each in found), default=-1)
 
 
 def _shipped(kind: Kind, overrides: Mapping[str, object]) -> str:
@@ -169,14 +229,12 @@ def _fits(checkpoint: Checkpoint, kind: Kind, config: Path) -> bool:
     """Is that the configuration of such a checkpoint, judged by a few telling widths?"""
     shapes = checkpoint.shapes
     try:
-        if "edm_mean" in shapes:
-            # Playground 2.5 has SDXL's shapes but another noise schedule and other latents.
-            return str(read_json(config / INDEX)["scheduler"][1]).startswith("EDM")
+        if _is_edm(checkpoint):
+            return _configures_edm(config)
         if kind is Kind.FLUX:
             transformer = _config(config, "transformer")
             width = int(transformer["num_attention_heads"]) * int(transformer["attention_head_dim"])
-            names = (f"{flux_prefix(checkpoint) or ''}img_in.weight", "x_embedder.weight")
-            return any(shapes.get(name) == (width, transformer["in_channels"]) for name in names)
+            return _flux_input(checkpoint) == (width, transformer["in_channels"])
         unet, encoder = _config(config, "unet"), _config(config, "text_encoder_2")
         channels = unet["block_out_channels"]
         prefix = BASE_ENCODER_2 if kind is Kind.SDXL else REFINER_ENCODER
@@ -188,6 +246,15 @@ def _fits(checkpoint: Checkpoint, kind: Kind, config: Path) -> bool:
         )
     except (ModelLoadFailed, KeyError, IndexError, TypeError, ValueError, OSError):
         return False
+
+
+def _is_edm(checkpoint: Checkpoint) -> bool:
+    return any(name in checkpoint.shapes for name in EDM)
+
+
+def _configures_edm(config: Path) -> bool:
+    scheduler = read_index(config)[1].get("scheduler")
+    return isinstance(scheduler, list) and str(scheduler[-1]).startswith("EDM")
 
 
 def _config(folder: Path, component: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from app.engine.adapters import load_adapters, parse_reference
 from app.engine.sdxl import SdxlFamily
@@ -156,3 +157,33 @@ def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
     vae = DEMO_WEIGHTS / "sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ModelLoadFailed, match=r"adapter in .*diffusion_pytorch_model"):
         load_adapters(pipeline, [f"x={vae}"])
+
+
+LAYER = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (["lora_down.weight", "lora_up.weight", "alpha", "dora_scale"], "is a DoRA in the layout of kohya's scripts"),
+        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"], "is a LoHa of LyCORIS"),
+        (["lokr_w1", "lokr_w2", "alpha"], "is a LoKr of LyCORIS"),
+        (["oft_blocks", "alpha"], "is an OFT"),
+        (["weight", "on_input"], "is an (IA)³ of LyCORIS"),
+    ],
+)
+def test_adapters_that_diffusers_does_not_read_whole_are_refused(tmp_path: Path, parts: list[str], says: str) -> None:
+    shapes = {"lora_down.weight": (4, 64), "lora_up.weight": (64, 4), "alpha": ()}
+    path = tmp_path / "x.safetensors"
+    save_file({f"{LAYER}.{part}": torch.ones(shapes.get(part, (4, 4))) for part in parts}, path)
+    with pytest.raises(ModelLoadFailed) as caught:
+        load_adapters(fresh(), [f"x={path}"])
+    assert str(caught.value).startswith(f"The adapter {path} {says}")
+
+
+def test_an_adapter_of_another_models_sizes_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    layers = {"lora_down.weight": torch.ones(4, 320), "lora_up.weight": torch.ones(320, 4), "alpha": torch.tensor(4.0)}
+    save_file({f"{LAYER}.{part}": tensor for part, tensor in layers.items()}, path)
+    with pytest.raises(ModelLoadFailed, match=r"does not fit the model: its layers are of other sizes\.$"):
+        load_adapters(fresh(), [f"x={path}"])

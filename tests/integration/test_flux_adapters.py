@@ -10,9 +10,11 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from app.engine.adapters import Loras, load_adapters
 from app.engine.flux import FluxFamily
+from app.errors import ModelLoadFailed
 from app.generation import GenerateRequest
 from tests.integration.stock import ours, theirs
 from tests.tiny_flux import make_flux
@@ -93,3 +95,20 @@ def test_only_jobs_with_the_same_adapters_share_a_pass_and_each_keeps_its_own(wi
             with_loras.step([job])
     for seed, (loras, job) in enumerate(zip(choices, jobs, strict=True)):
         assert np.array_equal(with_loras.decode([job])[0], ours(with_loras, seed=seed, loras=loras, **COMMON))
+
+
+@pytest.mark.parametrize("control", ["x_embedder", "norm"])
+def test_a_control_adapter_which_would_change_the_model_itself_is_refused(
+    folder: Path, tmp_path: Path, control: str
+) -> None:
+    pipeline = make_flux()
+    tensors, width = load_file(folder / "first.safetensors"), pipeline.transformer.config.in_channels
+    if control == "x_embedder":
+        out = pipeline.transformer.x_embedder.out_features
+        shapes = {"lora_A": (4, 2 * width), "lora_B": (out, 4)}
+        tensors |= {f"transformer.x_embedder.{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    else:
+        tensors["transformer.transformer_blocks.0.attn.norm_q.weight"] = torch.ones(16)
+    save_file(tensors, tmp_path / "control.safetensors")
+    with pytest.raises(ModelLoadFailed, match=r"control\.safetensors is a Control LoRA .* is not served"):
+        load_adapters(pipeline, [f"x={tmp_path / 'control.safetensors'}"])

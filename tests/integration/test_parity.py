@@ -89,6 +89,23 @@ def test_defaults_are_the_pipelines_own(family: SdxlFamily) -> None:
     assert request.scheduler == "EulerDiscreteScheduler"
 
 
+@pytest.mark.parametrize("own", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_a_model_of_karras_noise_takes_only_the_schedulers_that_know_it(
+    stock: StableDiffusionXLPipeline, own: str
+) -> None:
+    """Playground 2.5: its configuration says nothing of betas, from which all others would count."""
+    pipeline = StableDiffusionXLPipeline(**{**stock.components, "scheduler": getattr(diffusers, own)()})
+    pipeline.set_progress_bar_config(disable=True)
+    family = SdxlFamily(pipeline)
+    for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+        painted = ours(family, prompt=PROMPT, seed=5, num_inference_steps=4, scheduler=name)
+        assert np.array_equal(painted, theirs(pipeline, 5, prompt=PROMPT, num_inference_steps=4))
+    for name in NAMES:
+        with pytest.raises(InvalidRequest, match="does not go with this model"):
+            family.resolve(GenerateRequest(prompt=PROMPT, scheduler=name))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheduler_equals_the_stock_call_with_that_scheduler(
     family: SdxlFamily, stock: StableDiffusionXLPipeline, name: str

@@ -136,6 +136,19 @@ def test_an_inpainting_model_keeps_its_nine_channels_as_folder_and_as_file(
         assert torch.equal(family._unet.conv_in.weight, unet.conv_in.weight)
 
 
+def test_a_single_file_that_predicts_velocity_is_painted_so(folders: Path, tmp_path: Path) -> None:
+    """UIs know such models, NoobAI's among them, by tensors without content."""
+    marked = load_file(folders / "base.safetensors") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(marked, tmp_path / "v.safetensors")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **options)
+    family = load(single_file_model=tmp_path / "v.safetensors", config_dir=DEMO)
+    expected = theirs(pipeline, 4, **COMMON, height=128, width=128)
+    assert np.array_equal(ours(family, seed=4, **COMMON), expected)
+
+
 def test_fp16_files_and_shards_are_read(
     stock: StableDiffusionXLPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,6 +197,15 @@ def test_weights_are_read_to_the_device_but_for_what_is_made_smaller_first(
         waits = device is None or (shrinks and name in ("unet", "transformer"))
         tensors = [*module.parameters(), *module.buffers()]
         assert {tensor.device.type for tensor in tensors} == {"cpu" if waits else device}, name
+
+
+@pytest.mark.parametrize("what", ["scale_weight", "weight_scale"])
+def test_weights_in_8_bits_are_multiplied_by_the_scales_beside_them(folders: Path, tmp_path: Path, what: str) -> None:
+    scaled = exporting.scale(load_file(folders / "base.safetensors"), "model.diffusion_model.", what)
+    files = [exporting.save(scaled, tmp_path / "scaled.safetensors")]
+    files.append(exporting.save(exporting.unscaled(scaled, what), tmp_path / "plain.safetensors"))
+    pictures = [ours(load(single_file_model=file, config_dir=DEMO), seed=4, **COMMON) for file in files]
+    assert np.array_equal(pictures[0], pictures[1])
 
 
 def test_full_precision_is_read_where_it_is_asked_for(stock: StableDiffusionXLPipeline, tmp_path: Path) -> None:

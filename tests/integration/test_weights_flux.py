@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from app.engine.flux import FluxFamily
 from app.engine.weights import load_family
@@ -67,12 +67,44 @@ def test_a_folder_and_every_kind_of_transformer_file_paint_the_same(
         assert np.array_equal(ours(load(single_file_model=file, config_dir=folder), seed=3, **COMMON), expected), file
 
 
+@pytest.mark.parametrize("what", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_weights_in_8_bits_are_multiplied_by_the_scales_beside_them(
+    flux: tuple[FluxPipeline, Path], tmp_path: Path, prefix: str, what: str
+) -> None:
+    pipeline, folder = flux
+    tensors = {f"{prefix}{name}": tensor for name, tensor in exporting.rename_flux(pipeline.transformer).items()}
+    scaled = exporting.scale(tensors, prefix, what)
+    files = [exporting.save(scaled, tmp_path / "scaled.safetensors")]
+    files.append(exporting.save(exporting.unscaled(scaled, what), tmp_path / "plain.safetensors"))
+    pictures = [ours(load(single_file_model=file, model_id=str(folder)), seed=3, **COMMON) for file in files]
+    assert np.array_equal(pictures[0], pictures[1])
+
+
 def test_the_folder_needs_no_transformer_where_a_file_has_it(flux: tuple[FluxPipeline, Path], tmp_path: Path) -> None:
     pipeline, folder = flux
     rest = Path(shutil.copytree(folder, tmp_path / "rest"))
     file = Path(shutil.move(rest / TRANSFORMER, tmp_path / "transformer.safetensors"))
     family = load(single_file_model=file, model_id=str(rest))
     assert np.array_equal(ours(family, seed=1, **COMMON), ours(FluxFamily(pipeline), seed=1, **COMMON))
+
+
+@pytest.mark.parametrize("layout", ["bfl", "ui", "diffusers"])
+def test_a_transformer_file_with_fewer_blocks_than_its_configuration_is_read(
+    flux: tuple[FluxPipeline, Path], tmp_path: Path, layout: str
+) -> None:
+    """As FLUX.1 lite has fewer than FLUX.1."""
+    pipeline, folder = flux
+    config = {**pipeline.transformer.config, "num_single_layers": 1}
+    transformer = FluxTransformer2DModel.from_config(config).eval()
+    transformer.load_state_dict(pipeline.transformer.state_dict(), strict=False)
+    file = tmp_path / "lite.safetensors"
+    if layout == "diffusers":
+        exporting.save(transformer.state_dict(), file)
+    else:
+        exporting.export_flux(transformer, file, "model.diffusion_model." if layout == "ui" else "")
+    expected = ours(FluxFamily(FluxPipeline(**{**pipeline.components, "transformer": transformer})), seed=3, **COMMON)
+    assert np.array_equal(ours(load(single_file_model=file, model_id=str(folder)), seed=3, **COMMON), expected)
 
 
 def test_a_dev_transformer_among_schnells_components_keeps_devs_schedule(

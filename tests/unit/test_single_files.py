@@ -96,6 +96,31 @@ def test_an_inpainting_model_gets_the_same_but_for_its_channels(tmp_path: Path) 
     assert found.overrides == {"in_channels": 9}
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"distilled_guidance_layer.in_proj.weight": (5120, 64)}, "is a Chroma model"),
+        (
+            {"double_stream_modulation_img.lin.weight": (36864, 6144), "img_in.weight": (6144, 128)},
+            "is a FLUX.2 model",
+        ),
+        ({"controlnet_blocks.0.weight": (3072, 3072)}, "is a ControlNet"),
+        ({"img_in.weight": (3072, 128)}, "is FLUX.1 Depth or Canny"),
+        ({"img_in.weight": (3072, 384)}, "is FLUX.1 Fill"),
+        ({"txt_in.weight.quant_state.bitsandbytes__nf4": (80,)}, "is a model in 4 bits of bitsandbytes"),
+    ],
+)
+def test_what_only_resembles_flux_is_named(
+    tmp_path: Path, prefix: str, other: dict[str, tuple[int, ...]], says: str
+) -> None:
+    shapes = {f"{prefix}{name}": shape for name, shape in (full_size("flux-dev") | other).items()}
+    path = write_header(tmp_path / "model.safetensors", shapes)
+    with pytest.raises(ModelLoadFailed) as caught:
+        read_single_file(path, None, "config_dir")
+    assert str(caught.value).startswith(f"{path} {says}")
+
+
 def test_a_flux_transformer_is_known_with_any_prefix_and_in_diffusers_layout(tmp_path: Path) -> None:
     shapes = full_size("flux-dev")
     prefixed = {f"model.diffusion_model.{name}": shape for name, shape in shapes.items()}
@@ -105,9 +130,24 @@ def test_a_flux_transformer_is_known_with_any_prefix_and_in_diffusers_layout(tmp
         assert (found.kind, found.config.name) == (Kind.FLUX, "flux-dev")
 
 
-def test_playgrounds_model_has_sdxls_shapes_and_another_schedule(tmp_path: Path) -> None:
-    file = write_header(tmp_path / "model.safetensors", full_size("sdxl-base") | {"edm_mean": (1, 4, 1, 1)})
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max"])
+def test_playgrounds_model_and_cosxl_have_sdxls_shapes_and_another_schedule(tmp_path: Path, mark: str) -> None:
+    file = write_header(tmp_path / "model.safetensors", full_size("sdxl-base") | {mark: (1,)})
     with pytest.raises(ModelLoadFailed, match=r"of another architecture .* with --config_dir\.$"):
+        read_single_file(file, None, "config_dir")
+    config = Path(shutil.copytree(CONFIGS / "sdxl-base", tmp_path / "config"))
+    with pytest.raises(ModelLoadFailed, match=r"other noise levels than the scheduler in .* with --config_dir\.$"):
+        read_single_file(file, config, "config_dir")
+    index = json.loads((config / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
+    (config / "model_index.json").write_text(json.dumps(index))
+    assert read_single_file(file, config, "config_dir").config == config
+
+
+def test_a_model_that_edits_pictures_is_named(tmp_path: Path) -> None:
+    shapes = full_size("sdxl-base") | {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}
+    file = write_header(tmp_path / "model.safetensors", shapes)
+    with pytest.raises(ModelLoadFailed, match="edits pictures as InstructPix2Pix and CosXL Edit do"):
         read_single_file(file, None, "config_dir")
 
 
@@ -200,6 +240,7 @@ def test_a_file_without_one_of_its_parts_is_told_which(base: Path, beginning: st
         ("model.diffusion_model.joint_blocks.0.x_block.attn.proj.bias", "is a Stable Diffusion 3 model"),
         ("joint_blocks.0.x_block.attn.proj.bias", "is a Stable Diffusion 3 model"),
         ("control_model.input_blocks.0.0.bias", "is a ControlNet"),
+        ("controlnet_cond_embedding.conv_in.bias", "is a ControlNet"),
         ("model.diffusion_model.input_blocks.0.0.bias", "is a UNet alone"),
         ("down_blocks.0.resnets.0.norm1.bias", "is a UNet alone"),
         ("decoder.conv_in.bias", "is a VAE alone"),
