@@ -117,7 +117,8 @@ class Costs:
         """Whether anything of that stage, and for steps of that size, was measured."""
         if stage == "denoise_step":
             return size in self._steps
-        other = {"decode": self._decode, "text_encode": self._encode, "begin": self._begin}
+        # Nothing of how pictures begin: with an input image that takes a thousand times as long as without one.
+        other = {"decode": self._decode, "text_encode": self._encode}
         return stage in other and other[stage].samples > 0
 
     # --- Foretelling -------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ class Costs:
         if stage == "decode":
             return self.decode(sum(image.size for image in images))
         if stage != "denoise_step":
-            return (self._begin if stage == "begin" else self._encode)(len(images))
+            return self._encode(len(images))
         return self.step(images[0].size, sum(map(self.rows, images)))
 
     def step(self, size: int, rows: int) -> float:

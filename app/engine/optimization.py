@@ -46,8 +46,6 @@ CUDNN_SINCE = 91501
 """Version from which cuDNN's attention is right for every length, and torch prefers it."""
 CUDNN_GPUS = (9, 10)
 """First numbers of the CUDA compute capabilities for which torch does. Source: ``sdp_utils.cpp`` of torch."""
-_attention = threading.RLock()
-"""Which kernel comes first is one for all threads of a process, and several GPUs have a thread each."""
 LOSSY_PARAMETERS = frozenset({"guidance_end"})
 """With which a request trades its picture for speed."""
 
@@ -112,7 +110,7 @@ class Optimization:
         if self.level == "off" or device.type != "cuda":
             return contextlib.nullcontext()
         compiling = compiler is not None and compiler.warming
-        return _in_order(PLANNED_ATTENTION if self.plans and compiling else ATTENTION)
+        return _order.of(PLANNED_ATTENTION if self.plans and compiling else ATTENTION)
 
     def arrange(self, *parts: nn.Module | None) -> None:
         """Lay out the weights of convolutions as GPUs want them, pixels before channels."""
@@ -154,12 +152,38 @@ class Optimization:
         return tuple(sorted({1, 2, most}))
 
 
-@contextlib.contextmanager
-def _in_order(kernels: list[SDPBackend]) -> Iterator[None]:
-    with _attention, sdpa_kernel(kernels, set_priority=True):
-        yield
+class _Order:
+    """Which kernel comes first, which is one for all threads of a process: those that want the same share it.
+
+    Several GPUs have a thread each, and none may wait for another one's pass, at which the host is for as long as the
+    device takes no more.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._kernels: list[SDPBackend] = []
+        self._inside = 0
+        self._chosen = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def of(self, kernels: list[SDPBackend]) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._inside or kernels == self._kernels)
+            if not self._inside:
+                self._chosen.enter_context(sdpa_kernel(kernels, set_priority=True))
+                self._kernels = kernels
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                if not self._inside:
+                    self._chosen.close()
+                    self._changed.notify_all()
 
 
+_order = _Order()
 OFF = Optimization()
 
 

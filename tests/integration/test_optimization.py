@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,30 @@ def test_threads_do_not_disturb_each_others_order_of_attention() -> None:
     two.join()
     assert seen == [SDPBackend.FLASH_ATTENTION] * 2
     assert order() == before
+
+
+def test_several_gpus_are_at_their_passes_at_the_same_time_and_what_is_compiled_has_its_own_order() -> None:
+    gpu, both = torch.device("cuda"), threading.Barrier(2)
+    compiler = Compiler("eager")
+
+    def at_a_pass() -> None:
+        with Optimization("safe").attention(gpu):
+            both.wait(10)
+
+    def compiling() -> SDPBackend:
+        with Optimization("compile", plans=True).attention(gpu, compiler):
+            return next(iter(_cur_sdpa_kernel_backends(with_priority=True)))
+
+    with ThreadPoolExecutor(2) as pool:
+        for passed in [pool.submit(at_a_pass) for _ in range(2)]:
+            passed.result(20)
+        with compiler.warm():
+            with Optimization("safe").attention(gpu):
+                waiting = pool.submit(compiling)
+                with pytest.raises(TimeoutError):
+                    waiting.result(0.2)
+                assert next(iter(_cur_sdpa_kernel_backends(with_priority=True))) is SDPBackend.FLASH_ATTENTION
+            assert waiting.result(10) is SDPBackend.CUDNN_ATTENTION
 
 
 @pytest.mark.parametrize("plans", [False, True])

@@ -16,7 +16,7 @@ from app.engine.faults import as_fault
 from app.engine.memory import CAREFUL_PASSES, Budget
 from app.engine.ticket import Ticket
 from app.errors import DeviceLost, GenerationFailed, ModelLoadFailed, ModelNotReady, OutOfMemory, RuntimeFault
-from app.generation import GenerateRequest
+from app.generation import GenerateRequest, Pixels
 from app.telemetry import Telemetry
 from tests.fakes import (
     Clock,
@@ -353,6 +353,23 @@ def test_what_was_never_measured_may_take_ten_times_as_long_and_what_was_only_a_
     simulation.run()
     assert Watched.bounds == [600.0, pytest.approx(60.0 + 10 * 1.1)]
     assert simulation.workers[0].hung(clock.now + 1e9) is None, "nothing is under way"
+
+
+def test_an_input_image_may_be_encoded_for_longer_than_pictures_without_one_took_to_begin() -> None:
+    clock = Clock()
+
+    class Encodes(Timed):
+        def begin(self, request: GenerateRequest, conditioning: Any) -> Any:
+            clock.now += 0.01 if request.image is None else 70.0
+            assert simulation.workers[0].hung(clock.now) is None
+            return super().begin(request, conditioning)
+
+    simulation = Simulation(Encodes(clock), clock=clock, step_timeout=60.0)
+    simulation.submit()
+    simulation.run()
+    ticket = simulation.submit(image=Pixels(bytes(3 * 64 * 64), 64, 64), strength=0.5)
+    simulation.run()
+    assert ticket.future.result(0).images
 
 
 def test_a_deadline_is_kept_while_a_step_takes_its_time() -> None:
