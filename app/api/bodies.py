@@ -92,6 +92,11 @@ class Bodies:
         if encoding in PLAIN:
             return bytes(body)
         if len(body) <= SMALL:
+            # Most of what is packed this small stays so, and needs no room.
+            few = min(SMALL, self._limit)
+            unpacked = _unpack(bytes(body), encoding, few)
+            if len(unpacked) <= few:
+                return unpacked
             await self._take(most, held)
         unpacked = await asyncio.to_thread(_unpack, bytes(body), encoding, self._limit)
         if len(unpacked) > self._limit:

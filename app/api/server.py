@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
+import socket
 import ssl
 import struct
 import termios
 import time
 from collections.abc import Callable
-from socket import socket
 from types import FrameType
 from typing import Any
 
@@ -32,6 +33,8 @@ LAST_SECONDS = 1.0
 TICK = 0.05
 MOST_PIPELINED = 64 * 1024
 """Bytes of further requests that are read while one is answered."""
+BYTES_ACKED = (120, 8)
+"""Where ``tcpi_bytes_acked`` is in Linux's ``struct tcp_info``, and its size."""
 
 
 class Server(uvicorn.Server):
@@ -72,7 +75,7 @@ class Server(uvicorn.Server):
         self._in_a_hurry = self.should_exit
         self.should_exit = True
 
-    async def startup(self, sockets: list[socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self._certificate is None or sockets is None:
             await super().startup(sockets)
             return
@@ -96,7 +99,7 @@ class Server(uvicorn.Server):
         )
         return connection
 
-    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         patience = max(self._grace_period - LAST_SECONDS, self._grace_period / 2)
         # Half of what is left then is for answers to go out, and half for the end.
         deadline = time.monotonic() + (patience + self._grace_period) / 2
@@ -209,8 +212,9 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _watch_reader(self) -> None:
-        if self._reader_timer is None and self.transport.get_write_buffer_size():
-            self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, self._untaken())
+        # Not the transport's own buffer alone: with TLS another one behind it holds what was written.
+        if self._reader_timer is None and self._untaken():
+            self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, self._progress())
 
     def _untaken(self) -> int:
         """Bytes that the client has not taken. The system's own are among them: it asks for more only when it has room
@@ -221,11 +225,19 @@ class Connection(H11Protocol):
             waiting += struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
         return waiting
 
-    def _check_reader(self, before: int) -> None:
+    def _progress(self) -> tuple[int, bytes]:
+        """Bytes that the client has not taken and, where the system says so, how many it has."""
+        taken = b""
+        connection = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError), socket.socket(fileno=os.dup(connection.fileno())) as same:
+            taken = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, sum(BYTES_ACKED))[BYTES_ACKED[0] :]
+        return self._untaken(), taken
+
+    def _check_reader(self, before: tuple[int, bytes]) -> None:
         self._reader_timer = None
         # While more may be written, as much may have been taken as was added.
         is_all = self.flow.write_paused or not self._is_answering
-        if is_all and self._untaken() == before:
+        if is_all and self._progress() == before:
             logger.info("a client took nothing of its answer for %g seconds: its connection is closed", self._timeout)
             self.transport.abort()
         else:

@@ -182,8 +182,9 @@ class Queue:
         work = admission.schedule([ticket], self._costs)[ticket]  # of one device
         alone = self._schedule([ticket])[ticket]
         ticket.due = policy.due(now, alone, ticket.deadline - now, priority)
+        # By what was foreseen of late: a full queue may have many to refuse.
+        admission.check_places(ticket, self._forecast(now), self._max_images)
         forecast = self._schedule(self.tickets)
-        admission.check_places(ticket, forecast, self._max_images)
         if self._costs.measured:
             with_new = self._schedule([*forecast, ticket])
             # With nobody else there nothing is refused: one odd measurement must not keep the next from being made.
@@ -387,7 +388,7 @@ class Queue:
 
     def _forecast(self, now: float) -> dict[Ticket, float]:
         """The seconds until each open ticket is likely to be done, most urgent first; made anew when that may differ
-        and once in a while, so that asking often costs little."""
+        and once in a while, so that asking often, and refusing many, costs little."""
         if now >= self._forecast_until:
             self._last_forecast = self._schedule(self.tickets)
             self._forecast_until = now + FORECAST_SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import socket
 import ssl
 import time
@@ -89,6 +90,28 @@ def test_who_reads_slowly_gets_everything(https_server: Server) -> None:
     head, _, content = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert f"content-length: {len(content)}\r\n".encode() in head.lower() + b"\r\n"
+
+
+def test_who_takes_nothing_of_an_answer_is_left(https_server: Server) -> None:
+    body = (
+        b'{"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}], "parameters": '
+        b'{"num_inference_steps": 1, "num_images_per_prompt": 16, "height": 512, "width": 512}, '
+        b'"outputs": [{"name": "pixels", "parameters": {"binary_data": true}}]}'
+    )
+    request = b"POST /v2/models/sdxl/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    assert isinstance(https_server.verify, ssl.SSLContext)
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.connect(("127.0.0.1", int(https_server.host.rpartition(":")[2])))
+    with https_server.verify.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+        connection.settimeout(120)
+        connection.sendall(request)
+        received = len(connection.recv(1024))
+        time.sleep(3 * HEADER_SECONDS)
+        with contextlib.suppress(ssl.SSLError, OSError):
+            while part := connection.recv(65536):
+                received += len(part)
+    assert received < 16 * 512 * 512 * 3
 
 
 def test_who_speaks_no_https_is_left_and_others_are_answered(https_server: Server) -> None:

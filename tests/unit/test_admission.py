@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import sys
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
+from app.engine import admission
 from app.engine.costs import MAX_SIZES, Costs, Line
 from app.engine.idempotency import MAX_KEYS, Answers, Once
 from app.engine.queue import KEPT_OUTCOMES, RequestState
@@ -168,6 +170,24 @@ def test_the_wait_that_a_full_queue_names_is_the_time_until_there_is_a_place() -
         simulation.turn()
     assert simulation.clock.now - started == pytest.approx(refused.value.retry_after, rel=0.3)
     simulation.submit()
+
+
+def test_a_full_queue_foresees_once_for_all_whom_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation, _ = measured(max_queue=3)
+    for seed in range(3):
+        simulation.submit(seed=seed)
+    schedule, foreseen = admission.schedule, []
+
+    def counting(tickets: Iterable[Ticket], *given: Any) -> dict[Ticket, float]:
+        listed = list(tickets)
+        foreseen.append(len(listed))
+        return schedule(listed, *given)
+
+    monkeypatch.setattr(admission, "schedule", counting)
+    for _ in range(50):
+        with pytest.raises(Overloaded, match="3 of 3 images"):
+            simulation.submit()
+    assert foreseen.count(3) == 1
 
 
 def test_a_queue_may_be_full_of_seconds_before_it_is_full_of_images() -> None:

@@ -113,6 +113,15 @@ async def test_what_is_packed_has_room_for_what_it_unpacks_to_or_waits() -> None
     assert await asyncio.gather(*waiting) == [LIMIT] * 3
 
 
+async def test_what_is_small_packed_and_unpacked_is_not_held_up() -> None:
+    all_ = bodies()
+    packed = gzip.compress(bytes(1000))
+    async with AsyncExitStack() as stack:
+        await hold(stack, all_, AT_A_TIME)
+        async with asyncio.timeout(5):
+            assert await read(all_, Sender(len(packed), packed).send(0)) == 1000
+
+
 async def test_a_body_that_stops_is_given_up_and_its_room_with_it() -> None:
     all_ = bodies(timeout=0.05)
     for _ in range(2 * AT_A_TIME):
