@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -141,17 +141,25 @@ def remaining(ticket: Ticket, costs: Costs) -> float | None:
     return ticket.pace * steps + sum(costs.decode(image.size) for image in ticket.images if not image.pixels)
 
 
-def check_places(new: Ticket, forecast: Mapping[Ticket, float], most: int) -> None:
+def check_places(
+    new: Ticket, others: Iterable[Ticket], foresee: Callable[[], Mapping[Ticket, float]], most: int
+) -> None:
     """Refuse more images than there are places.
+
+    Args:
+        new: the ticket that wants some.
+        others: that have theirs.
+        foresee: the seconds until each of them is done, asked for where places are missing.
+        most: places.
 
     Raises:
         Overloaded: with the seconds until as many as are missing have left.
     """
-    taken = sum(len(ticket.images) for ticket in forecast)
+    taken = sum(len(ticket.images) for ticket in others)
     missing = taken + len(new.images) - most
     if missing <= 0:
         return
-    for ticket, wait in sorted(forecast.items(), key=lambda each: each[1]):
+    for ticket, wait in sorted(foresee().items(), key=lambda each: each[1]):
         missing -= len(ticket.images)
         if missing <= 0:
             _refuse(f"The queue is full ({taken} of {most} images)", wait)

@@ -183,7 +183,7 @@ class Queue:
         alone = self._schedule([ticket])[ticket]
         ticket.due = policy.due(now, alone, ticket.deadline - now, priority)
         # By what was foreseen of late: a full queue may have many to refuse.
-        admission.check_places(ticket, self._forecast(now), self._max_images)
+        admission.check_places(ticket, self.tickets, lambda: self._forecast(now), self._max_images)
         forecast = self._schedule(self.tickets)
         if self._costs.measured:
             with_new = self._schedule([*forecast, ticket])

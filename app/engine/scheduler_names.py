@@ -33,3 +33,6 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 """Common name to diffusers class and what differs from the model's own scheduler configuration."""
+
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Those for models that were trained with the noise levels of Karras et al., such as Playground 2.5."""

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 
-from app.engine.scheduler_names import NAMES
+from app.engine.scheduler_names import EDM, NAMES
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest
 from app.parameters import SIGMA_SPACINGS, TIMESTEP_SPACINGS
@@ -30,10 +30,6 @@ CUSTOM = ("timesteps", "sigmas")
 """Parameters of a request that replace the number of steps."""
 TRIAL_STEPS = 7
 """By which spacings are compared: every scheduler can do so many, and they tell as well as more."""
-
-
-EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-"""Those for models that were trained with the noise levels of Karras et al., such as Playground 2.5."""
 
 
 def _key(name: str) -> str:

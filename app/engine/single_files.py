@@ -17,6 +17,7 @@ from typing import Any
 
 from app.engine.checkpoints import Checkpoint, check_suffix, read_checkpoint
 from app.engine.folders import NAMES, Kind, is_model_folder, read_index, read_json
+from app.engine.scheduler_names import EDM
 from app.errors import ModelLoadFailed
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ VELOCITY = (
 )
 
 UNET = "model.diffusion_model."
-EDM = ("edm_mean", "edm_vpred.sigma_max")
+EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
 """Playground 2.5 and CosXL have SDXL's shapes but other noise levels, and say so by a tensor."""
 BASE_ENCODER = "conditioner.embedders.0.transformer."
 BASE_ENCODER_2 = "conditioner.embedders.1.model."
@@ -118,7 +119,7 @@ def read_single_file(path: Path, config_dir: Path | None, flag: str, near: tuple
         if _is_edm(checkpoint) and not _configures_edm(config_dir):
             raise ModelLoadFailed(
                 f"{path} was trained with other noise levels than the scheduler in {config_dir} has, which must be "
-                f"EDMEulerScheduler or EDMDPMSolverMultistepScheduler; name the model's own folder with --{flag}."
+                f"{' or '.join(EDM)}; name the model's own folder with --{flag}."
             )
         return SingleFile(checkpoint, kind, config_dir, False, overrides)
     for folder in (*near, path.parent):
@@ -249,12 +250,12 @@ def _fits(checkpoint: Checkpoint, kind: Kind, config: Path) -> bool:
 
 
 def _is_edm(checkpoint: Checkpoint) -> bool:
-    return any(name in checkpoint.shapes for name in EDM)
+    return any(name in checkpoint.shapes for name in EDM_MARKS)
 
 
 def _configures_edm(config: Path) -> bool:
     scheduler = read_index(config)[1].get("scheduler")
-    return isinstance(scheduler, list) and str(scheduler[-1]).startswith("EDM")
+    return isinstance(scheduler, list) and scheduler[-1] in EDM
 
 
 def _config(folder: Path, component: str) -> dict[str, Any]:

@@ -73,16 +73,21 @@ def test_who_sends_no_headers_or_agrees_on_nothing_is_left(https_server: Server)
         assert seconds_until_closed(slow) < HEADER_SECONDS + 3
 
 
+def with_little_room(server: Server) -> ssl.SSLSocket:
+    """A connection whose system holds next to nothing for a client that does not read."""
+    assert isinstance(server.verify, ssl.SSLContext)
+    plain = socket.socket()
+    plain.settimeout(120)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.connect(("127.0.0.1", int(server.host.rpartition(":")[2])))
+    return server.verify.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
 def test_who_reads_slowly_gets_everything(https_server: Server) -> None:
     body = b'{"prompt": "a", "num_inference_steps": 1, "num_images_per_prompt": 16, "height": 512, "width": 512}'
     request = b"POST /v2/models/sdxl/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     request += b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    assert isinstance(https_server.verify, ssl.SSLContext)
-    plain = socket.socket()
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    plain.connect(("127.0.0.1", int(https_server.host.rpartition(":")[2])))
-    with https_server.verify.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
-        connection.settimeout(120)
+    with with_little_room(https_server) as connection:
         connection.sendall(request)
         answer = connection.recv(1024)
         time.sleep(HEADER_SECONDS / 2)  # the server has written all by now, and closed
@@ -99,12 +104,7 @@ def test_who_takes_nothing_of_an_answer_is_left(https_server: Server) -> None:
         b'"outputs": [{"name": "pixels", "parameters": {"binary_data": true}}]}'
     )
     request = b"POST /v2/models/sdxl/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    assert isinstance(https_server.verify, ssl.SSLContext)
-    plain = socket.socket()
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    plain.connect(("127.0.0.1", int(https_server.host.rpartition(":")[2])))
-    with https_server.verify.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
-        connection.settimeout(120)
+    with with_little_room(https_server) as connection:
         connection.sendall(request)
         received = len(connection.recv(1024))
         time.sleep(3 * HEADER_SECONDS)

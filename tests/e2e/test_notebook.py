@@ -39,4 +39,4 @@ def test_the_kept_notebook_was_run_in_order() -> None:
     assert counts == list(range(1, len(counts) + 1))
     assert not any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
     for picture in pictures(kept):
-        assert ImageStat.Stat(picture).var != [0.0, 0.0, 0.0], "a picture of nothing"
+        assert any(ImageStat.Stat(picture.convert("L")).var), "a picture of nothing"
