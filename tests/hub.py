@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ class Hub:
         token: every request needs it; ``None``: none does.
         gated: who has the token has not accepted the conditions.
         denied: the token lacks the right to read.
+        status: what every request is refused with.
         breaks: bytes of a file, by its path, after which the connection ends once.
         resets: as above, but the connection is reset and not closed.
         requests: every method, path and Range header.
@@ -56,8 +58,8 @@ class Hub:
 
 
 @contextmanager
-def serving(hub: Hub) -> Iterator[Hub]:
-    """Serve `hub` on a free port of 127.0.0.1."""
+def serving(hub: Hub, certificate: tuple[Path, Path] | None = None) -> Iterator[Hub]:
+    """Serve `hub` on a free port of 127.0.0.1, by HTTPS with a certificate and its key."""
 
     class Handler(_Handler):
         served = hub
@@ -65,6 +67,11 @@ def serving(hub: Hub) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_port}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        hub.url = hub.url.replace("http:", "https:")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -86,6 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_GET(self) -> None:
+        self._answer()
+
+    def do_CONNECT(self) -> None:
         self._answer()
 
     def _answer(self) -> None:

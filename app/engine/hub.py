@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_REPORTS = 3.0
 ATTEMPTS = 5
 """Times that a download is taken up again after errors that pass."""
+TRY_LATER = {429, *range(500, 600)}
+"""Statuses that pass: too many requests from this address, and whatever is wrong with the hub."""
 PIECE = 64 * 1024
 """Bytes that are written at a time."""
 TEXTS = (".json", ".txt", ".model")
@@ -72,9 +74,11 @@ def download(
     # Its warnings have several lines, and addresses that are signed.
     logging.getLogger(huggingface_hub.__name__).setLevel(logging.ERROR)
     where: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint, "token": token}
+    unreachable: str | None = None
     try:
         report(f"asking the hub for {name}")
-        where["local_files_only"] = not _is_reachable(name, token, endpoint)
+        unreachable = _why_unreachable(name, token, endpoint)
+        where["local_files_only"] = unreachable is not None
         folder = _fetch(name, [INDEX], lambda _: None, where)
         if not (folder / INDEX).is_file():
             raise ModelLoadFailed(
@@ -88,7 +92,7 @@ def download(
             logger.info("downloading %d files of %s from the hub", len(missing), name)
         return _fetch(name, wanted, _Reporter(name, sum(missing.values()), report), where)
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, httpx2.HTTPError, OSError, ValueError) as error:
-        raise ModelLoadFailed(_explain(name, token, error, endpoint or constants.ENDPOINT)) from None
+        raise ModelLoadFailed(_explain(name, token, error, endpoint or constants.ENDPOINT, unreachable)) from None
 
 
 def select_files(
@@ -135,21 +139,25 @@ def select_files(
 # --- Talking to the hub ----------------------------------------------------------------------------------------
 
 
-def _is_reachable(name: str, token: str | None, endpoint: str | None) -> bool:
+def _why_unreachable(name: str, token: str | None, endpoint: str | None) -> str | None:
+    """Why the model has to come from the cache; ``None`` where the hub answers."""
     if constants.is_offline_mode():
         logger.info("HF_HUB_OFFLINE is set: taking %s from the cache", name)
-        return False
+        return "HF_HUB_OFFLINE is set"
     try:
         huggingface_hub.HfApi(endpoint=endpoint, token=token).model_info(name, timeout=30)
+        return None
     except (httpx2.TransportError, errors.OfflineModeIsEnabled) as error:
-        logger.warning("the hub cannot be reached (%s): taking %s from the cache", type(error).__name__, name)
-        return False
+        reason = type(error).__name__
+        # These tell of proxies and certificates; what others say may have a token in it.
+        if isinstance(error, (httpx2.ConnectError, httpx2.ProxyError, httpx2.UnsupportedProtocol)):
+            reason += f": {first_line(error)}"
     except errors.HfHubHTTPError as error:
-        if error.response.status_code < 500:
+        if error.response.status_code not in TRY_LATER:
             raise
-        logger.warning("the hub answers %d: taking %s from the cache", error.response.status_code, name)
-        return False
-    return True
+        reason = f"it answers {error.response.status_code}"
+    logger.warning("the hub cannot be reached (%s): taking %s from the cache", reason, name)
+    return reason
 
 
 def _fetch(name: str, files: list[str], hear: Callable[[int], None], where: dict[str, Any]) -> Path:
@@ -158,7 +166,7 @@ def _fetch(name: str, files: list[str], hear: Callable[[int], None], where: dict
         try:
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, tqdm_class=_bar(hear), **where))
         except (httpx2.TransportError, errors.HfHubHTTPError) as error:
-            passes = not isinstance(error, errors.HfHubHTTPError) or error.response.status_code >= 500
+            passes = not isinstance(error, errors.HfHubHTTPError) or error.response.status_code in TRY_LATER
             if attempt == ATTEMPTS or not passes:
                 raise
             logger.warning("the connection to the hub broke (%s): taking the download up again", type(error).__name__)
@@ -244,14 +252,15 @@ def _bar(hear: Callable[[int], None]) -> type[Any]:
     return Bar
 
 
-def _explain(name: str, token: str | None, error: Exception, hub: str) -> str:
+def _explain(name: str, token: str | None, error: Exception, hub: str, unreachable: str | None) -> str:
     """One sentence for whatever went wrong, and what to do."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     for each in (error, cause):
         if isinstance(each, errors.HfHubHTTPError):
             return _explain_status(name, token, each, hub)
     if isinstance(error, errors.LocalEntryNotFoundError):
-        why, remedy = f"the hub at {hub} cannot be reached", "check the network"
+        why = f"the hub at {hub} cannot be reached ({unreachable or type(cause).__name__})"
+        remedy = "check the network, HTTPS_PROXY and SSL_CERT_FILE, try again later"
         if constants.is_offline_mode():
             why, remedy = "HF_HUB_OFFLINE forbids to ask the hub", "set HF_HUB_OFFLINE=0"
         return f"{name} is not in the cache, or not all of it, and {why}; {remedy}, or name a folder with --model_id."

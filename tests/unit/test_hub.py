@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from app.engine import hub as downloads
 from app.engine.folders import Kind, read_folder
 from app.engine.weights import DEMO_WEIGHTS
 from app.errors import ModelLoadFailed
+from tests.certificates import make_certificate
 from tests.hub import Hub, serving
 
 DEMO = DEMO_WEIGHTS / "sdxl"
@@ -171,7 +173,14 @@ def test_the_second_time_nothing_is_downloaded_and_nothing_is_needed(
     assert len(hub.downloaded()) == before
     gone = Hub({}, url="http://127.0.0.1:9")
     assert fetch(gone, tmp_path) == folder
-    assert f"the hub cannot be reached (ConnectError): taking {NAME} from the cache" in caplog.text
+    assert re.search(rf"the hub cannot be reached \(ConnectError: .+\): taking {NAME} from the cache", caplog.text)
+
+
+def test_a_hub_that_has_been_asked_too_often_is_not_needed_the_second_time(serve: Any, tmp_path: Path) -> None:
+    hub = serve()
+    folder = fetch(hub, tmp_path)
+    hub.status = 429
+    assert fetch(hub, tmp_path) == folder
 
 
 def test_offline_mode_asks_nobody(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,12 +231,39 @@ def test_every_refusal_says_what_to_do(serve: Any, tmp_path: Path) -> None:
     )
 
 
-def test_a_hub_that_is_not_there_or_not_well_is_told(serve: Any, tmp_path: Path) -> None:
-    for hub in (Hub({}, url="http://127.0.0.1:9"), serve(status=500)):
-        assert complaint(hub, tmp_path) == (
-            f"{NAME} is not in the cache, or not all of it, and the hub at {hub.url} cannot be reached; check the "
-            "network, or name a folder with --model_id."
-        )
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (None, "ConnectError: [Errno"),
+        ({"status": 500}, "it answers 500)"),
+        ({"status": 429}, "it answers 429)"),
+    ],
+)
+def test_why_a_hub_cannot_be_reached_is_told(
+    serve: Any, tmp_path: Path, options: dict[str, Any] | None, reason: str
+) -> None:
+    hub = Hub({}, url="http://127.0.0.1:9") if options is None else serve(**options)
+    sentence = complaint(hub, tmp_path)
+    begin = f"{NAME} is not in the cache, or not all of it, and the hub at {hub.url} cannot be reached ({reason}"
+    assert sentence.startswith(begin)
+    assert sentence.endswith(
+        "; check the network, HTTPS_PROXY and SSL_CERT_FILE, try again later, or name a folder with --model_id."
+    )
+
+
+def test_a_certificate_that_is_not_trusted_is_told(tmp_path: Path) -> None:
+    with serving(Hub({NAME: DEMO}), make_certificate(tmp_path)) as hub:
+        assert "cannot be reached (ConnectError: [SSL: CERTIFICATE_VERIFY_FAILED]" in complaint(hub, tmp_path)
+
+
+def test_a_proxy_that_wants_a_password_is_told(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = serve(status=407)
+    for name in ("NO_PROXY", "no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+    assert "cannot be reached (ProxyError: 407 Proxy Authentication Required)" in complaint(
+        Hub({}, url="https://hub.example.com"), tmp_path
+    )
 
 
 def test_a_repository_that_is_no_model_of_ours_is_told_before_its_weights_are_fetched(
