@@ -33,6 +33,7 @@ class Hub:
         gated: who has the token has not accepted the conditions.
         denied: the token lacks the right to read.
         status: what every request is refused with.
+        signature: files are at addresses that end in it, to which who asks for one is sent.
         breaks: bytes of a file, by its path, after which the connection ends once.
         resets: as above, but the connection is reset and not closed.
         requests: every method, path and Range header.
@@ -43,6 +44,7 @@ class Hub:
     gated: bool = False
     denied: bool = False
     status: int | None = None
+    signature: str = ""
     breaks: dict[str, int] = field(default_factory=dict)
     resets: bool = False
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -114,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "RepoNotFound")
         elif hub.denied or (hub.gated and is_file):
             self._refuse(403, "GatedRepo" if hub.gated else None)
+        elif is_file and self.command == "GET" and not self.path.endswith(hub.signature):
+            self._send_head(302, {"Location": f"{hub.url}{self.path}?{hub.signature}", "Content-Length": "0"})
         elif is_file:
             self._send_file(hub.models[name], rest.split("/", 3)[3])
         elif rest.startswith("/tree/"):

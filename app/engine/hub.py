@@ -71,8 +71,10 @@ def download(
     huggingface_hub.set_client_factory(_make_client)
     # What has come of an unfinished piece is fetched again after a break.
     constants.DOWNLOAD_CHUNK_SIZE = PIECE
-    # Its warnings have several lines, and addresses that are signed.
+    # Its warnings have several lines, and addresses that are signed; those two tell of each address at any level.
     logging.getLogger(huggingface_hub.__name__).setLevel(logging.ERROR)
+    for library in ("httpx2", "httpcore2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     where: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint, "token": token}
     unreachable: str | None = None
     try:

@@ -183,6 +183,15 @@ def test_a_hub_that_has_been_asked_too_often_is_not_needed_the_second_time(serve
     assert fetch(hub, tmp_path) == folder
 
 
+def test_signed_addresses_of_files_are_never_logged(
+    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    fetch(serve(signature="Signature=of-today"), tmp_path)
+    assert "downloading" in caplog.text
+    assert "of-today" not in caplog.text
+
+
 def test_offline_mode_asks_nobody(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = serve()
     folder = fetch(hub, tmp_path)
