@@ -187,7 +187,13 @@ def _list_files(name: str, folder: Path, cache: Path | None) -> dict[str, int]:
 
 
 def _make_client() -> httpx2.Client:
-    return httpx2.Client(follow_redirects=True, timeout=60, event_hooks={"response": [_make_resumable]})
+    try:
+        return httpx2.Client(follow_redirects=True, timeout=60, event_hooks={"response": [_make_resumable]})
+    except ImportError:
+        raise ModelLoadFailed(
+            "ALL_PROXY or HTTPS_PROXY names a SOCKS proxy, for which the package socksio is missing: install it, or "
+            "name an HTTP proxy."
+        ) from None
 
 
 def _make_resumable(response: httpx2.Response) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -272,6 +273,14 @@ def test_a_proxy_that_wants_a_password_is_told(serve: Any, tmp_path: Path, monke
     monkeypatch.setenv("HTTPS_PROXY", proxy.url)
     assert "cannot be reached (ProxyError: 407 Proxy Authentication Required)" in complaint(
         Hub({}, url="https://hub.example.com"), tmp_path
+    )
+
+
+def test_a_proxy_that_wants_a_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert "names a SOCKS proxy, for which the package socksio is missing" in complaint(
+        Hub({}, url="http://a"), tmp_path
     )
 
 
