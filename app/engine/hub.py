@@ -76,6 +76,7 @@ def download(
     for library in ("httpx2", "httpcore2"):
         logging.getLogger(library).setLevel(logging.WARNING)
     where: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint, "token": token}
+    hub = re.sub(r"//[^/]*@", "//", endpoint or constants.ENDPOINT)  # a mirror's address may have a password in it
     unreachable: str | None = None
     try:
         report(f"asking the hub for {name}")
@@ -94,7 +95,7 @@ def download(
             logger.info("downloading %d files of %s from the hub", len(missing), name)
         return _fetch(name, wanted, _Reporter(name, sum(missing.values()), report), where)
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, httpx2.HTTPError, OSError, ValueError) as error:
-        raise ModelLoadFailed(_explain(name, token, error, endpoint or constants.ENDPOINT, unreachable)) from None
+        raise ModelLoadFailed(_explain(name, token, error, hub, unreachable)) from None
 
 
 def select_files(

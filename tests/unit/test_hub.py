@@ -261,6 +261,17 @@ def test_why_a_hub_cannot_be_reached_is_told(
     )
 
 
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_password_in_the_hubs_address_is_never_shown(
+    serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    hub = serve(status=status)
+    hub.url = hub.url.replace("//", "//somebody:of-mine@")
+    sentence = complaint(hub, tmp_path)
+    assert "hub at http://127.0.0.1:" in sentence
+    assert "of-mine" not in sentence + caplog.text
+
+
 def test_a_certificate_that_is_not_trusted_is_told(tmp_path: Path) -> None:
     with serving(Hub({NAME: DEMO}), make_certificate(tmp_path)) as hub:
         assert "cannot be reached (ConnectError: [SSL: CERTIFICATE_VERIFY_FAILED]" in complaint(hub, tmp_path)
