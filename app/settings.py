@@ -456,13 +456,18 @@ def _from_text(value: str | list[str], field: FieldInfo) -> object:
     """An empty value or ``none`` means "unset" where a setting may be unset; pydantic reads everything else."""
     if _repeatable(field):
         given = [value] if isinstance(value, str) else value
-        parts = [part.strip() for text in given for part in text.split(",")]
+        parts = [_at_home(part.strip()) for text in given for part in text.split(",")]
         return () if [part.lower() for part in parts] == ["none"] else tuple(filter(None, parts))
     assert isinstance(value, str)
     optional = type(None) in typing.get_args(field.annotation)
     if optional and value.strip().lower() in ("", "none"):
         return None
-    return value.strip()
+    return value.strip() if "SecretStr" in str(field.annotation) else _at_home(value.strip())
+
+
+def _at_home(text: str) -> str:
+    """With the home's path for the ``~`` that a shell leaves alone behind the ``=`` of a flag, and ``.env`` has too."""
+    return re.sub(r"^([\w-]+=)?~/", lambda found: f"{found[1] or ''}{Path.home()}/", text)
 
 
 def _repeatable(field: FieldInfo) -> bool:

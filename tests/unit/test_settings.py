@@ -64,6 +64,19 @@ def test_adapters_that_the_environment_names_can_be_unset(text: str) -> None:
 # --- Models ----------------------------------------------------------------------------------------------------
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / ".env").write_text("SINGLE_FILE_MODEL=~/sd.safetensors\nAPI_KEY=~/\n")
+    flags = ["--model_id=~/sdxl", "--cache_dir=~/c", "--lora=my-style=~/a.safetensors:0.5,other=b~/c.safetensors"]
+    settings = load_settings(flags, {}, tmp_path / ".env")
+    assert settings.model_id == "/home/me/sdxl"
+    assert settings.cache_dir == Path("/home/me/c")
+    assert settings.lora == ("my-style=/home/me/a.safetensors:0.5", "other=b~/c.safetensors")
+    assert settings.single_file_model == Path("/home/me/sd.safetensors")
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "~/"
+
+
 def test_model_and_refiner_may_be_folders_names_or_files() -> None:
     settings = load(
         *("--model_id", "stabilityai/stable-diffusion-xl-base-1.0"),
