@@ -20,6 +20,8 @@ from app.settings import ADAPTER
 
 logger = logging.getLogger(__name__)
 
+FILE = "pytorch_lora_weights.safetensors"
+"""Under this name diffusers and its training scripts save an adapter in a folder."""
 UNREAD = (
     # A part of tensors' names, and the adapters that have it: diffusers refuses these, or reads a part of them.
     ("dora_scale", "a DoRA in the layout of kohya's scripts"),
@@ -100,6 +102,8 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         name, path, scale = parse_reference(reference)
         if name in scales:
             raise ModelLoadFailed(f"--lora names {name!r} twice; each adapter needs a name of its own.")
+        if path.is_dir():
+            path /= FILE
         _check_file(path)
         logger.info("loading the adapter %s from %s", name, path)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_references_are_read(reference: str, parts: tuple[str, Path, float]) -> 
 def test_other_references_are_refused(reference: str) -> None:
     with pytest.raises(ModelLoadFailed, match="must be NAME=PATH"):
         parse_reference(reference)
+
+
+def test_a_folder_that_diffusers_saved_an_adapter_in_is_enough(folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "style"
+    saved.mkdir()
+    with pytest.raises(ModelLoadFailed, match=r"style/pytorch_lora_weights\.safetensors does not exist"):
+        load_adapters(fresh(), [f"style={saved}"])
+    shutil.copy(folder / "first.safetensors", saved / "pytorch_lora_weights.safetensors")
+    adapters = load_adapters(fresh(), [f"style={saved}:0.5"])
+    assert adapters is not None
+    assert adapters.scales == {"style": 0.5}
 
 
 def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
