@@ -41,7 +41,7 @@ from app.errors import (
 )
 from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
-from app.settings import Settings, find_termination_log, load_settings
+from app.settings import Settings, find_strangers, find_termination_log, load_settings
 from app.telemetry import METRICS_CONTENT_TYPE, AccessLog, Telemetry, configure_logging
 
 logger = logging.getLogger(__name__)
@@ -334,6 +334,8 @@ def _serve(
     # Until the server runs and has handlers of its own, and after it has ended.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    for name in find_strangers():
+        logger.warning(".env has %s, which is no setting and does nothing there; libraries read the environment", name)
     for name in settings.ignored():
         logger.info("the setting %s is accepted for KServe's sake and does nothing here", name)
     idle = [f"--{name}" for name in ("warm_sizes", "cache_dir") if getattr(settings, name)]

@@ -398,6 +398,17 @@ def load_settings(
         ) from None
 
 
+def find_strangers(env_file: Path = Path(".env")) -> list[str]:
+    """Keys of ``.env`` that are no settings, each with the one that may be meant.
+
+    Raises:
+        InvalidSettings: the file cannot be read.
+    """
+    known = [name.upper() for name in Settings.model_fields]
+    strangers = [key for key in _read_env_file(env_file) if key not in (*known, *ALIASES.values())]
+    return [f"{key}{nearest(key.upper(), known)}" for key in strangers]
+
+
 def find_termination_log(
     arguments: Sequence[str], environment: Mapping[str, str] = os.environ, env_file: Path = Path(".env")
 ) -> Path | None:

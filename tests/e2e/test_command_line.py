@@ -429,6 +429,20 @@ def test_what_is_for_compiling_alone_is_told_where_nothing_is_compiled(
         assert f" {names} no effect: only --optimize compile and max compile anything" in line
 
 
+def test_keys_of_the_env_file_that_do_nothing_are_told_without_their_values(
+    tmp_path: Path, without_torch: dict[str, str]
+) -> None:
+    (tmp_path / ".env").write_text("MAX_STEP=7\nHF_HOME=/of/mine\nHF_TOKEN=hf_x\nMAX_SIDE=512\nport=1\n")
+    said = serve(tmp_path, without_torch, "--model_id", "nothing").stderr
+    warned = [line.split(" which ")[0] for line in said.splitlines() if " WARNING " in line]
+    assert [line.partition(".env has ")[2] for line in warned] == [
+        "MAX_STEP (did you mean 'MAX_STEPS'?),",
+        "HF_HOME,",
+        "port (did you mean 'HTTP_PORT'?),",
+    ]
+    assert "/of/mine" not in said
+
+
 # --- KServe's flags and the key, on a running server -----------------------------------------------------------
 
 
