@@ -12,8 +12,9 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-# Every setting may be given here too, such as `make serve HTTP_PORT=9000`, or in .env, which these must not outdo.
-named = $(shell grep -Eqs '^[[:space:]]*(export[[:space:]]+)?$(1)[[:space:]]*=' .env && echo yes)
+# Every setting may be given here too, such as `make serve HTTP_PORT=9000`, or in .env, which these must not outdo. What
+# may be before the first name is the mark that some editors begin a file with.
+named = $(shell grep -Eqs '^[^[:alnum:]_\#]*(export[[:space:]]+)?$(1)[[:space:]]*=' .env && echo yes)
 ifeq ($(call named,HTTP_PORT),)
 serve: export HTTP_PORT ?= 8080
 endif

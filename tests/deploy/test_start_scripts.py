@@ -198,3 +198,36 @@ def test_a_script_starts_a_server_that_ends_when_told(tmp_path: Path) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("env_file", "given"),
+    [
+        ("", {"MODEL_ID": "demo", "MODEL_NAME": "sdxl", "HTTP_PORT": "8080"}),
+        (
+            "# MODEL_ID=x\n#MODEL_NAME=x\nMY_HTTP_PORT=1\n",
+            {"MODEL_ID": "demo", "MODEL_NAME": "sdxl", "HTTP_PORT": "8080"},
+        ),
+        ("MODEL_ID=/of/mine\n export HTTP_PORT = 9000\n", {"MODEL_NAME": "sdxl"}),
+        ("\ufeffMODEL_ID=/of/mine\r\nHTTP_PORT=9000\r\n", {"MODEL_NAME": "sdxl"}),
+    ],
+    ids=["none", "others", "as people write it", "as Windows writes it"],
+)
+def test_make_serve_gives_the_server_only_what_the_env_file_does_not_name(
+    tmp_path: Path, env_file: str, given: dict[str, str]
+) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    program = tmp_path / ".venv" / "bin" / "sdxl-runtime"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\nenv\n", encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / ".venv" / "installed").touch()
+    (tmp_path / ".env").write_text(env_file, encoding="utf-8", newline="")
+    environment = {"PATH": os.environ["PATH"]}
+    said = subprocess.run(
+        ["make", "serve"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    names = ("MODEL_ID", "MODEL_NAME", "HTTP_PORT")
+    assert dict(line.split("=", 1) for line in said.splitlines() if line.startswith(names)) == given
