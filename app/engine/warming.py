@@ -47,6 +47,7 @@ def warm(
         for width, height in optimization.sizes or (own_size,):
             for rows in optimization.row_counts(width * height, compiler.graphs):
                 what = f"{width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}"
+                logger.info("compiling for %s", what)
                 report(f"compiling for {what}")
                 try:
                     for _ in range(compiler.runs):

@@ -40,6 +40,7 @@ async def test_what_the_server_paints_for_itself_has_a_size_that_was_compiled_fo
         assert answer.status_code == 200, answer.text
         assert metric((await client.get("/metrics")).text, "sdxl_unexpected_shapes_total") == 0
     assert "nothing was compiled for the shape" not in caplog.text
+    assert "compiling for 64 x 64 pixels, 1 row" in caplog.messages
 
 
 # --- What cannot be prepared for -------------------------------------------------------------------------------
