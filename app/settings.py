@@ -443,11 +443,19 @@ def _sentence(message: str) -> str:
 
 
 def _read_env_file(path: Path) -> Mapping[str, str]:
-    if not path.is_file():
-        return {}
     try:
+        # Some call a virtual environment so.
+        if path.is_dir() and any(path.iterdir()):
+            return {}
         with path.open(encoding="utf-8-sig") as file:
             lines = list(parse_stream(file))
+    except FileNotFoundError:
+        return {}
+    except IsADirectoryError:
+        raise InvalidSettings(
+            f"{path} is an empty folder, as docker makes one where the file to mount does not exist; make that file or "
+            "remove the folder."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path} cannot be read: {error}.") from None
     # Whoever leaves out a line may leave out the key that callers need. It is not shown: it may be a secret.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,32 @@ def test_a_line_of_the_env_file_that_cannot_be_read_is_not_left_out(tmp_path: Pa
     with pytest.raises(InvalidSettings, match=r"\.env cannot be read in line 3: it must be NAME=value") as told:
         load(env_file=env_file)
     assert "geheim" not in str(told.value)
+
+
+def test_an_env_file_that_cannot_be_seen_is_told_and_not_left_out(tmp_path: Path) -> None:
+    """As in the working directory of another user, in which ``sudo -u`` leaves who calls it."""
+    if os.geteuid() != 0:
+        tmp_path.chmod(0)
+    effective = os.geteuid()
+    with contextlib.suppress(PermissionError):
+        os.seteuid(65534)
+    try:
+        with pytest.raises(InvalidSettings, match=r"cannot be read: .*Permission denied"):
+            load(env_file=tmp_path / ".env")
+    finally:
+        os.seteuid(effective)
+        tmp_path.chmod(0o700)
+
+
+def test_an_empty_folder_in_place_of_the_env_file_is_told_and_a_virtual_environment_is_none_of_ours(
+    tmp_path: Path,
+) -> None:
+    env_file = tmp_path / ".env"
+    env_file.mkdir()
+    with pytest.raises(InvalidSettings, match="is an empty folder, as docker makes one"):
+        load(env_file=env_file)
+    (env_file / "pyvenv.cfg").touch()
+    assert load(env_file=env_file) == Settings()
 
 
 # --- Several values --------------------------------------------------------------------------------------------
