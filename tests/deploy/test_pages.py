@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app.settings import Settings
 from clients.bench import Load
 from deploy import replicas
 from tests.deploy.manifests import DEPLOY, ROOT, examples, kustomize
@@ -42,6 +43,17 @@ def test_every_path_that_is_named_exists(page: str) -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:runtime|services|components|monitoring|storage|image)/[\w./-]*)`", page):
         assert (DEPLOY / path).exists(), path
+
+
+@pytest.mark.parametrize(
+    "text", [README, (DEPLOY / "start.sh").read_text(encoding="utf-8")], ids=["README", "start.sh"]
+)
+def test_podman_stops_no_server_before_its_grace_period_is_over(text: str) -> None:
+    commands = re.findall(r"podman run .*", text)
+    assert commands
+    for command in commands:
+        seconds = re.search(r"--stop-timeout (\d+)", command)
+        assert seconds and int(seconds[1]) > Settings().grace_period, command
 
 
 def test_every_metric_that_is_named_exists() -> None:
