@@ -212,26 +212,24 @@ class Connection(H11Protocol):
             self._timer = None
 
     def _watch_reader(self) -> None:
-        # Not the transport's own buffer alone: with TLS another one behind it holds what was written.
-        if self._reader_timer is None and self._untaken():
-            self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, self._progress())
-
-    def _untaken(self) -> int:
-        """Bytes that the client has not taken. The system's own are among them: it asks for more only when it has room
-        for a megabyte, for which a slow client takes long."""
-        waiting = self.transport.get_write_buffer_size()
-        connection = self.transport.get_extra_info("socket")
-        with contextlib.suppress(OSError, AttributeError):
-            waiting += struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-        return waiting
+        if self._reader_timer is None:
+            progress = untaken, _ = self._progress()
+            if untaken:
+                self._reader_timer = self.loop.call_later(self._timeout, self._check_reader, progress)
 
     def _progress(self) -> tuple[int, bytes]:
-        """Bytes that the client has not taken and, where the system says so, how many it has."""
-        taken = b""
+        """Bytes that the client has not taken and, where the system says so, how many it has.
+
+        Not the transport's own buffer alone: with TLS another one behind it holds what was written, and the system asks
+        for more only when it has room for a megabyte, for which a slow client takes long.
+        """
+        untaken, taken = self.transport.get_write_buffer_size(), b""
         connection = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError):
+            untaken += struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
         with contextlib.suppress(OSError, AttributeError), socket.socket(fileno=os.dup(connection.fileno())) as same:
             taken = same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, sum(BYTES_ACKED))[BYTES_ACKED[0] :]
-        return self._untaken(), taken
+        return untaken, taken
 
     def _check_reader(self, before: tuple[int, bytes]) -> None:
         self._reader_timer = None

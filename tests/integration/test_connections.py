@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import itertools
 import json
 import socket
+import termios
+import threading
 import time
 from collections.abc import Iterator
 
@@ -21,15 +24,21 @@ LARGE = {
     "outputs": [{"name": "pixels", "parameters": {"binary_data": True}}],
 }
 """Its answer has 12 MB, more than find room on the way."""
+SMALL = {**LARGE, "parameters": {"width": 64, "height": 64}}
+"""Its answer has 12 kB, which the system takes at once."""
 
 
 def raw(each: Running, body: object = BODY) -> socket.socket:
     """A connection on which a request was sent whole."""
-    content = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", each.port), WAIT)
+    send(connection, body)
+    return connection
+
+
+def send(connection: socket.socket, body: object) -> None:
+    content = json.dumps(body).encode()
     connection.sendall(b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (INFER.encode(), len(content)))
     connection.sendall(content)
-    return connection
 
 
 @pytest.fixture
@@ -83,6 +92,37 @@ def test_who_takes_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not() ->
                     break
                 time.sleep(pause)
         until(lambda: not connections, seconds=WAIT)
+
+
+def test_a_client_that_takes_all_at_last_may_ask_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at, taken = threading.Event(), threading.Event()
+    look = fcntl.ioctl
+
+    def look_and_have_all_taken(descriptor: int, what: int, room: bytes) -> bytes:
+        """The client takes the whole answer right behind the server's first look at what it has not taken."""
+        seen = look(descriptor, what, room)
+        if what == termios.TIOCOUTQ and any(seen) and not looked_at.is_set():
+            looked_at.set()
+            assert taken.wait(WAIT)
+            until(lambda: not any(look(descriptor, what, room)), seconds=WAIT)
+        return seen
+
+    monkeypatch.setattr(fcntl, "ioctl", look_and_have_all_taken)
+    with running(Instant, body_timeout=1.0) as each, socket.socket() as connection:
+        connection.settimeout(WAIT)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", each.port))
+        send(connection, SMALL)
+        assert looked_at.wait(WAIT)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert len(answer.read()) > 8192
+        taken.set()
+        time.sleep(2.0)  # longer than a client may take nothing
+        send(connection, SMALL)
+        again = http.client.HTTPResponse(connection)
+        again.begin()
+        assert again.status == 200
 
 
 def test_who_reads_nothing_does_not_hold_up_the_end() -> None:
