@@ -8,6 +8,7 @@ is not imported.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,6 +154,11 @@ def detect(checkpoint: Checkpoint) -> Kind:
     for part, what in RELATIVES:
         if any(part in name for name in names):
             raise ModelLoadFailed(f"{checkpoint.path} is {what}.")
+    if any(name.endswith(".weight_scale") and math.prod(shape[1:]) > 1 for name, shape in names.items()):
+        # A scale for each block of a row.
+        raise ModelLoadFailed(
+            f"{checkpoint.path} is a model in NVFP4 or MXFP8, which is not read; take it in FP8 or 16 bits."
+        )
     if flux_prefix(checkpoint) is not None or is_diffusers_flux(checkpoint):
         if tool := FLUX_TOOLS.get(_flux_input(checkpoint)):
             raise ModelLoadFailed(f"{checkpoint.path} is {tool}, which is not served; take FLUX.1 dev or schnell.")

@@ -109,6 +109,7 @@ def test_an_inpainting_model_gets_the_same_but_for_its_channels(tmp_path: Path) 
         ({"img_in.weight": (3072, 128)}, "is FLUX.1 Depth or Canny"),
         ({"img_in.weight": (3072, 384)}, "is FLUX.1 Fill"),
         ({"txt_in.weight.quant_state.bitsandbytes__nf4": (80,)}, "is a model in 4 bits of bitsandbytes"),
+        ({"txt_in.weight": (3072, 2048), "txt_in.weight_scale": (3072, 256)}, "is a model in NVFP4 or MXFP8"),
     ],
 )
 def test_what_only_resembles_flux_is_named(
@@ -119,6 +120,13 @@ def test_what_only_resembles_flux_is_named(
     with pytest.raises(ModelLoadFailed) as caught:
         read_single_file(path, None, "config_dir")
     assert str(caught.value).startswith(f"{path} {says}")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3072,), (3072, 1)])
+def test_a_flux_transformer_may_have_a_scale_for_each_layer_or_row(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    shapes = full_size("flux-dev") | {"txt_in.weight_scale": shape}
+    found = read_single_file(write_header(tmp_path / "model.safetensors", shapes), None, "config_dir")
+    assert found.kind is Kind.FLUX
 
 
 def test_a_flux_transformer_is_known_with_any_prefix_and_in_diffusers_layout(tmp_path: Path) -> None:
