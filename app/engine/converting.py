@@ -52,8 +52,9 @@ def load_sdxl_file(
         ModelLoadFailed: naming the file and what to do.
     """
     with told(str(file.path)):
-        tensors = unscale(load_file(file.path), numbers.dtype)
-    sizes = {prefix: _size(tensors, prefix) for prefix in _prefixes(file)}
+        tensors = load_file(file.path)
+        sizes = {prefix: _size(tensors, prefix) for prefix in _prefixes(file)}  # in the file
+        tensors = unscale(tensors, numbers.dtype)
     loaded = dict(known or {})
     for name in ("tokenizer", "tokenizer_2"):
         if name not in loaded and (name == "tokenizer_2" or BASE_ENCODER in sizes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -204,8 +205,12 @@ def test_weights_in_8_bits_are_multiplied_by_the_scales_beside_them(folders: Pat
     scaled = exporting.scale(load_file(folders / "base.safetensors"), "model.diffusion_model.", what)
     files = [exporting.save(scaled, tmp_path / "scaled.safetensors")]
     files.append(exporting.save(exporting.unscaled(scaled, what), tmp_path / "plain.safetensors"))
-    pictures = [ours(load(single_file_model=file, config_dir=DEMO), seed=4, **COMMON) for file in files]
+    said: list[str] = []
+    pictures = [ours(load(said.append, single_file_model=file, config_dir=DEMO), seed=4, **COMMON) for file in files]
     assert np.array_equal(pictures[0], pictures[1])
+    amounts = [re.findall(r"[\d.]+", phrase.partition("(")[2]) for phrase in said if phrase.startswith("reading")]
+    assert len(amounts) == 8
+    assert all(float(done) < float(total) for done, total in amounts), "it has read more than there is"
 
 
 def test_full_precision_is_read_where_it_is_asked_for(stock: StableDiffusionXLPipeline, tmp_path: Path) -> None:
