@@ -354,6 +354,7 @@ def load_settings(
         InvalidSettings: with one sentence that names the flag, variable or key and what it may be.
         SystemExit: after ``--help``.
     """
+    flags = vars(_parser().parse_args(arguments))  # first: whoever asks for help may have a .env to mend
     sources: dict[str, str] = {}
     values: dict[str, Any] = {}
 
@@ -369,7 +370,7 @@ def load_settings(
             # Kubernetes announces a Service called "http" as HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
             if value is not None and not value.startswith("tcp://"):
                 take(name, value, f"{name.upper()}{origin}")
-    for name, value in vars(_parser().parse_args(arguments)).items():
+    for name, value in flags.items():
         take(name, value, f"--{name}")
 
     for name, value in values.items():

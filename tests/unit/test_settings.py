@@ -59,6 +59,15 @@ def test_an_empty_folder_in_place_of_the_env_file_is_told_and_a_virtual_environm
     assert load(env_file=env_file) == Settings()
 
 
+def test_help_does_not_wait_for_the_env_file_to_be_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("API_KEY geheim\n")
+    with pytest.raises(SystemExit) as ended:
+        load("--help", env_file=env_file)
+    assert ended.value.code == 0
+    assert "--api_key" in capsys.readouterr().out
+
+
 # --- Several values --------------------------------------------------------------------------------------------
 
 
