@@ -41,11 +41,15 @@ class Schedulers:
 
     Args:
         default: the part's own scheduler; every other takes its noise schedule from this one's configuration.
+
+    Attributes:
+        names: of those that go with the model.
     """
 
     def __init__(self, default: Any) -> None:
         self._default = type(default).__name__
         self._config = default.config
+        self.names = EDM if self._default in EDM else tuple(NAMES)
         self._templates: dict[Hashable, Any] = {(self._default,): type(default).from_config(default.config)}
         self._known = {_key(self._default): self._default, "default": self._default}
         # A class name means the class as the model configures it; common names win over nothing else.
@@ -66,7 +70,7 @@ class Schedulers:
         else:
             name = self._known.get(_key(request.scheduler), "")
             if not name:
-                hint = nearest(request.scheduler, NAMES) or f"; there are {', '.join(NAMES)}"
+                hint = nearest(request.scheduler, self.names) or f"; there are {', '.join(self.names)}"
                 raise InvalidRequest(f"There is no scheduler {describe(request.scheduler)}{hint}.")
         if self._default in EDM and name not in EDM:
             raise InvalidRequest(

@@ -70,6 +70,7 @@ class SdxlFamily(Family[SdxlJob]):
         # The refiner's stay without one: callers who do not know what is loaded send them all the same.
         self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
         self.parameters -= frozenset() if optimization.lossy else LOSSY_PARAMETERS
+        self.schedulers = self._base.schedulers.names
         self.size_step = pipeline.vae_scale_factor
         if self._device.type == "cpu":
             self.decode_load = CPU_DECODE_LOAD

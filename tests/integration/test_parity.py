@@ -97,13 +97,16 @@ def test_a_model_of_karras_noise_takes_only_the_schedulers_that_know_it(
     pipeline = StableDiffusionXLPipeline(**{**stock.components, "scheduler": getattr(diffusers, own)()})
     pipeline.set_progress_bar_config(disable=True)
     family = SdxlFamily(pipeline)
-    for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+    assert family.schedulers == ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"), "what callers are offered"
+    for name in family.schedulers:
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
         painted = ours(family, prompt=PROMPT, seed=5, num_inference_steps=4, scheduler=name)
         assert np.array_equal(painted, theirs(pipeline, 5, prompt=PROMPT, num_inference_steps=4))
     for name in NAMES:
         with pytest.raises(InvalidRequest, match="does not go with this model"):
             family.resolve(GenerateRequest(prompt=PROMPT, scheduler=name))
+    with pytest.raises(InvalidRequest, match=r"; there are EDMEulerScheduler, EDMDPMSolverMultistepScheduler\.$"):
+        family.resolve(GenerateRequest(prompt=PROMPT, scheduler="zzz"))
 
 
 @pytest.mark.parametrize("name", NAMES)
