@@ -38,6 +38,8 @@ MODEL_VERSION = "1"
 OUTPUTS = {"image": "BYTES", "seed": "INT64", "pixels": "UINT8"}
 DEFAULT_OUTPUTS = ("image", "seed")
 MAX_ID_LENGTH = 1024
+MAX_TENSORS = 256
+"""Inputs or outputs of one message; no message needs as many, and a million would hold up everybody else."""
 MAX_JSON_PIXELS = 4_194_304
 """Numbers of the output ``pixels`` in JSON; writing more would hold up everybody else."""
 
@@ -45,6 +47,7 @@ T = TypeVar("T")
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Items = Annotated[list[T], Field(fail_fast=True)]
 """A list that is read up to its first mistake: a million complaints would cost a gigabyte."""
+Tensors = Annotated[list[T], Field(fail_fast=True, max_length=MAX_TENSORS)]
 
 
 # --- Messages --------------------------------------------------------------------------------------------------
@@ -75,8 +78,8 @@ class InferenceRequest(_Message):
     model_name: StrictStr | None = None
     id: Annotated[StrictStr, Field(max_length=MAX_ID_LENGTH)] | None = None
     parameters: dict[str, Scalar] | None = None
-    inputs: Items[RequestInput]
-    outputs: Items[RequestOutput] | None = None
+    inputs: Tensors[RequestInput]
+    outputs: Tensors[RequestOutput] | None = None
 
 
 class ResponseOutput(_Message):

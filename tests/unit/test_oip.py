@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import struct
 from typing import Any
@@ -25,6 +26,7 @@ from app.generation import (
 )
 from app.protocol.infer_request import parse_infer
 from app.protocol.oip import InferCall, check_pixels, model_metadata, server_metadata, write_infer
+from app.protocol.strict_json import parse_json
 from app.protocol.tensors import write_strings
 
 PROMPT = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a cat"]}
@@ -547,6 +549,42 @@ def test_a_body_of_millions_of_numbers_is_refused_before_it_is_read() -> None:
     large = tensor("image", "BYTES", ["A" * 10_000_000])
     image = parse(PROMPT, large).requests[0].image
     assert isinstance(image, bytes) and len(image) == 7_500_000
+
+
+@pytest.mark.parametrize("part", ["[],", "{},", "[[[]]],"])
+def test_a_body_of_millions_of_lists_is_refused_before_it_is_read(part: str) -> None:
+    raw = b'{"inputs": [' + part.encode() * 1_200_000 + b"1]}"
+    with pytest.raises(InvalidRequest, match="too many values; send large tensors as binary data"):
+        parse_infer(raw, None)
+
+
+def test_a_picture_of_a_million_pixels_may_come_as_lists_of_lists_of_lists() -> None:
+    row = ",".join(["[1,2,3]"] * 1024)
+    image = body({**tensor("image", "UINT8", [0]), "shape": [1024, 1024, 3]}, PROMPT)
+    pixels = parse_infer(image.replace(b"[0]", f"[{','.join([f'[{row}]'] * 1024)}]".encode()), None).requests[0].image
+    assert isinstance(pixels, Pixels) and pixels.data == bytes([1, 2, 3]) * 1024 * 1024
+
+
+def test_more_inputs_or_outputs_than_there_could_be_are_not_read_one_by_one() -> None:
+    with pytest.raises(InvalidRequest, match="inputs must have at most 256 members"):
+        parse(*[PROMPT] * 257)
+    with pytest.raises(InvalidRequest, match="outputs must have at most 256 members"):
+        parse(PROMPT, outputs=[{"name": "image"}] * 257)
+
+
+def test_python_does_not_search_for_garbage_among_lists_that_are_being_read() -> None:
+    searches: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        searches.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        parse_json(b"[" + b"[1]," * 100_000 + b"1]")
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled()
+    assert searches.count("start") < 5
 
 
 def test_pixels_need_one_size_and_binary_form_when_they_are_many() -> None:
