@@ -6,6 +6,7 @@ Alone, a job gives the picture that the stock pipelines' ``__call__`` gives for 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -298,7 +299,7 @@ class FluxFamily(Family[FluxJob]):
         if self._cache is not None and job.without_blocks:
             added = torch.cat([row.added.drawn(row.job.reach[row.job.step_index] or 0.0) for row in rows])
             return self._cache.predict(**inputs, added=added).chunk(len(rows))
-        with self._optimization.attention(self._device, self._compiler):
+        with self._attention():
             predicted: torch.Tensor = self._predict_rows(
                 **inputs,
                 encoder_hidden_states=torch.cat([row.embedding.hidden for row in rows]),
@@ -311,6 +312,10 @@ class FluxFamily(Family[FluxJob]):
                 if row.job.reach:
                     row.added.note(row.job.step_index, added)
         return predicted.chunk(len(rows))
+
+    def _attention(self) -> contextlib.AbstractContextManager[None]:
+        # A fifth of the work, and all of it in one shape for each size and number of rows.
+        return self._optimization.attention(self._device, self._compiler, few_shapes=True)
 
     @staticmethod
     def _advance(job: FluxJob, direction: torch.Tensor) -> None:
@@ -352,7 +357,7 @@ class FluxFamily(Family[FluxJob]):
     @on_device
     def follow(self) -> None:
         assert self._parallel is not None
-        with self._optimization.attention(self._device, self._compiler):
+        with self._attention():
             self._parallel.follow()
 
     def close(self) -> None:

@@ -34,14 +34,15 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The first that a GPU has for a shape is taken. cuDNN is the fastest on some, but makes a plan for each shape that it
-meets, which takes about half a second: no request shall wait for that."""
+meets, which takes about half a second: where there are many, no request shall wait for that."""
 PLANNED_ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-"""In what is compiled, where each number of rows is met before the first request."""
+"""In what is compiled, where each number of rows is met before the first request, and where one picture gains as much
+as a plan takes."""
 CUDNN_SINCE = 91501
 """Version from which cuDNN's attention is right for every length, and torch prefers it."""
 CUDNN_GPUS = (9, 10)
@@ -66,7 +67,7 @@ class Optimization:
         most_pixels: times rows, of one forward pass.
         step_cache: one of so many steps of FLUX goes through its blocks; 1 for all.
         fp8: the UNet's or transformer's matrix products and convolutions are done in 8 bits.
-        plans: what is compiled does attention with `PLANNED_ATTENTION`.
+        plans: cuDNN's attention is the fastest there is.
         settled: weights lie on the device, in full, and stay; others may not be touched.
         quantization: of the UNet's or transformer's weights, as in the settings.
         backend: of ``torch.compile``.
@@ -99,18 +100,19 @@ class Optimization:
         return self.level == "max"
 
     def attention(
-        self, device: torch.device, compiler: Compiler | None = None
+        self, device: torch.device, compiler: Compiler | None = None, few_shapes: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """The order in which attention kernels are tried inside.
 
         Args:
             device: that computes.
             compiler: of what is inside; what it compiles has the order of that moment for ever.
+            few_shapes: a plan for each that comes pays off, also while requests wait.
         """
         if self.level == "off" or device.type != "cuda":
             return contextlib.nullcontext()
         compiling = compiler is not None and compiler.warming
-        return _order.of(PLANNED_ATTENTION if self.plans and compiling else ATTENTION)
+        return _order.of(PLANNED_ATTENTION if self.plans and (compiling or few_shapes) else ATTENTION)
 
     def arrange(self, *parts: nn.Module | None) -> None:
         """Lay out the weights of convolutions as GPUs want them, pixels before channels."""
@@ -224,7 +226,7 @@ def choose_optimization(settings: Settings, placement: Placement) -> Optimizatio
         most_pixels=settings.max_batch_pixels,
         step_cache=settings.step_cache,
         fp8=fp8,
-        plans=settings.compiles and _prefers_cudnn(placement.device),
+        plans=_prefers_cudnn(placement.device),
         settled=placement.offload is None and placement.quantization == "none",
         quantization=placement.quantization,
         cache_dir=folder_of(settings),

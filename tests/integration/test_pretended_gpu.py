@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from app.engine import weights
 from app.engine.family import Family
@@ -96,6 +97,24 @@ def test_the_host_waits_as_for_a_gpu(waits: bool, what: Any, gpu: Gpu) -> None:
         here = torch.ones(2, device=DEVICE)
         what(here)
     assert bool(gpu.waits) == waits
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "kernel"),
+    [("flux", "transformer", SDPBackend.CUDNN_ATTENTION), ("sdxl", "unet", SDPBackend.FLASH_ATTENTION)],
+)
+def test_attention_by_cudnn_where_each_picture_gains_as_much_as_its_plan_takes(
+    kind: str, part: str, kernel: SDPBackend, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    family: Any = load(device="cuda", model_type=kind)
+    first = set()
+    getattr(family._pipeline, part).register_forward_pre_hook(
+        lambda *_: first.add(_cur_sdpa_kernel_backends(with_priority=True)[0])
+    )
+    ours(family, **COMMON)
+    assert first == {kernel}
 
 
 # --- The same pictures -----------------------------------------------------------------------------------------
