@@ -153,10 +153,12 @@ class Compiled:
         shape = self._shape(args, kwargs, rows)
         exact = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         if self._compiler.warming:
+            self._mark(args, kwargs, rows)
+            result = self._run(args, kwargs)
+            # Not before: where memory ends in between, a request would be the first to meet it, and record its graph.
             self._warm.add(shape)
             self._recorded.add(exact)
-            self._mark(args, kwargs, rows)
-            return self._run(args, kwargs)
+            return result
         if shape in self._warm:
             # A graph holds for exact lengths, takes a second to record, and stays for ever.
             known = not self._graphs or exact in self._recorded

@@ -191,6 +191,26 @@ def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_
             assert (graphs(), compiler.unexpected) == (before, count)
 
 
+def test_what_memory_was_too_short_for_while_warming_is_not_left_for_a_request_to_record() -> None:
+    compiler, full = Compiler("eager"), True
+
+    def compiled(rows: torch.Tensor) -> torch.Tensor:
+        if full and rows.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return rows * 2
+
+    run = Compiled(compiler, lambda rows: rows * 3, compiled, {}, graphs=True)
+    with torch.inference_mode():
+        with compiler.warm():
+            run(torch.ones(2, 4))
+            with pytest.raises(torch.OutOfMemoryError):
+                run(torch.ones(3, 4))
+        full = False
+        assert torch.equal(run(torch.ones(2, 4)), torch.full((2, 4), 2.0))
+        assert torch.equal(run(torch.ones(3, 4)), torch.full((3, 4), 3.0))
+    assert compiler.unexpected == 1
+
+
 @pytest.mark.parametrize(("misses", "counted"), [(1, 0), (2, 0), (1000, 1)])
 def test_what_torch_takes_for_unfit_by_chance_is_tried_again(misses: int, counted: int) -> None:
     """As it does where two threads run what was compiled of one function."""
