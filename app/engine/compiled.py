@@ -5,6 +5,7 @@ So no request ever waits for a compiler. Knows no model family.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import threading
@@ -70,6 +71,8 @@ class Compiler:
             ModelLoadFailed: this machine cannot compile.
         """
         with _warming:
+            if self.graphs:
+                _make_room_for_graphs()
             self.warming = True
             torch.compiler.set_stance("default")
             try:
@@ -209,6 +212,15 @@ class Compiled:
         name = str(getattr(path[-1], "key", ""))
         found = [0] if leaf.ndim and leaf.shape[0] == rows > 1 and name not in WITHOUT_ROWS else []
         return [*found, self._lengths[name]] if name in self._lengths else found
+
+
+def _make_room_for_graphs() -> None:
+    """Torch before 2.13 has room for the CUDA graphs of the thread that imported them, and for no other's."""
+    from torch._inductor import cudagraph_trees as trees
+
+    if not hasattr(trees, "_initialize_tls") and not hasattr(trees.local, "tree_manager_containers"):
+        trees.local.tree_manager_containers = {}
+        trees.local.tree_manager_locks = collections.defaultdict(threading.Lock)
 
 
 def _settle(tensor: torch.Tensor) -> torch.Tensor:

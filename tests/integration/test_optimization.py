@@ -266,6 +266,17 @@ def test_graphs_are_recorded_while_warming_and_for_no_length_that_comes_later() 
     assert sizes == [everything, everything, nothing, everything]
 
 
+def test_every_thread_has_graphs_of_its_own() -> None:
+    def record() -> Any:
+        compiler = Compiler("eager")
+        compiler.compile(lambda rows: rows, graphs=True)
+        with compiler.warm():
+            return torch._inductor.cudagraph_trees.get_container(0)
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        assert one.submit(record).result() is not other.submit(record).result()
+
+
 def test_attention_has_plans_in_what_is_compiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def first(optimization: Optimization, compiler: Compiler | None) -> SDPBackend | None:
         with optimization.attention(torch.device("cuda"), compiler):
