@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from app.api import infer_schema, predict_schema
-from app.api.infer_schema import BINARY_DATA_OUTPUT, EXAMPLE_PROMPT, PRIORITY
+from app.api.infer_schema import BINARY_DATA_OUTPUT, EXAMPLE_PROMPT, PRIORITY, one_of
 from app.api.offer import Offer
 from app.protocol.oip import MAX_ID_LENGTH
 
@@ -62,9 +62,9 @@ def infer_stream_description(offer: Offer) -> str:
 def schemas(offer: Offer) -> dict[str, Any]:
     """The schemas of the bodies, and of an event, by name."""
     return {
-        "GenerateRequest": _short(offer, {"binary_data_output": BINARY_DATA_OUTPUT}),
-        "GenerateStreamRequest": _short(offer, _previews()),
-        "InferenceStreamRequest": _infer_stream(offer),
+        **one_of("GenerateRequest", _short(offer, "Generate", {"binary_data_output": BINARY_DATA_OUTPUT})),
+        **one_of("GenerateStreamRequest", _short(offer, "GenerateStream", _previews())),
+        **one_of("InferenceStreamRequest", _infer_stream(offer)),
         "Event": events(),
     }
 
@@ -80,16 +80,17 @@ def _previews() -> dict[str, Any]:
     }
 
 
-def _short(offer: Offer, extra: dict[str, Any]) -> dict[str, Any]:
+def _short(offer: Offer, verb: str, extra: dict[str, Any]) -> list[dict[str, Any]]:
     bodies = []
     for task in offer.tasks:
         body = predict_schema.instance(offer, task)
+        body["title"] = verb + infer_schema.TITLES[task]
         body["properties"] |= {
             "id": {"type": ["string", "null"], "maxLength": MAX_ID_LENGTH, "description": "Comes back in the answer."},
             **{name: _or_null(schema) for name, schema in {"priority": PRIORITY, **extra}.items()},
         }
         bodies.append(body)
-    return {"oneOf": bodies}
+    return bodies
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -98,15 +99,16 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
     return {**nullable, "enum": [*schema["enum"], None]} if "enum" in schema else nullable
 
 
-def _infer_stream(offer: Offer) -> dict[str, Any]:
+def _infer_stream(offer: Offer) -> list[dict[str, Any]]:
     bodies = []
     for task in offer.tasks:
         body = copy.deepcopy(infer_schema.request(offer, task))
+        body["title"] = "InferStream" + infer_schema.TITLES[task]
         parameters = body["properties"]["parameters"]["properties"]
         del parameters["binary_data_output"]
         parameters |= _previews()
         bodies.append(body)
-    return {"oneOf": bodies}
+    return bodies
 
 
 def examples(offer: Offer) -> dict[str, Any]:

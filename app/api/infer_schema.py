@@ -63,11 +63,12 @@ PRIORITY = {
     "maximum": MAX_PRIORITY,
     "default": DEFAULT_PRIORITY,
 }
-_TITLES = {
+TITLES = {
     ImageTask.TEXT_TO_IMAGE: "TextToImage",
     ImageTask.IMAGE_TO_IMAGE: "ImageToImage",
     ImageTask.INPAINT: "Inpaint",
 }
+"""What bodies are called. Generators of clients make classes of titles: no two bodies may have the same."""
 
 
 def description(offer: Offer) -> str:
@@ -77,9 +78,14 @@ def description(offer: Offer) -> str:
 
 def schemas(offer: Offer) -> dict[str, Any]:
     """The schemas of an infer request's JSON by name; ``InferenceRequest`` is the one that is sent."""
-    tasks = {_TITLES[task]: request(offer, task) for task in offer.tasks}
-    one_of = [{"$ref": f"#/components/schemas/{title}"} for title in tasks]
-    return {"InferenceRequest": {"oneOf": one_of}, **tasks, "EveryParameter": _every_parameter(offer)}
+    bodies = [request(offer, task) for task in offer.tasks]
+    return {**one_of("InferenceRequest", bodies), "EveryParameter": _every_parameter(offer)}
+
+
+def one_of(name: str, bodies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The schema `name` for any of `bodies`, and each of these under its title, where generators of clients find it."""
+    references = [{"$ref": f"#/components/schemas/{body['title']}"} for body in bodies]
+    return {name: {"oneOf": references}, **{body["title"]: body for body in bodies}}
 
 
 def request(offer: Offer, task: ImageTask) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def request(offer: Offer, task: ImageTask) -> dict[str, Any]:
         },
         "inputs",
     )
-    return {"title": _TITLES[task], **body}
+    return {"title": TITLES[task], **body}
 
 
 def _tensor(offer: Offer, name: str, task: ImageTask) -> dict[str, Any]:
@@ -134,7 +140,8 @@ def _tensor(offer: Offer, name: str, task: ImageTask) -> dict[str, Any]:
     count, element = (2, schema["items"]) if parameter.kind is Kind.PAIR else (1, schema)
     fields = {
         "name": {"type": "string", "const": name},
-        "shape": {"type": "array", "const": [count]},
+        # A list that is a constant as a whole makes generators of clients give up.
+        "shape": {"type": "array", "items": {"type": "integer", "const": count}, "minItems": 1, "maxItems": 1},
         "datatype": {"type": "string", "const": DATATYPES[parameter.kind]},
         "data": {"type": "array", "items": element, "minItems": count, "maxItems": count},
     }

@@ -393,9 +393,30 @@ async def test_answers_follow_the_schema_and_hold_no_null(client: httpx.AsyncCli
         assert not list(places_of_null(answer.json()))
         assert not list(places_of_null(document["components"]["schemas"][name]))
     parts = ("Tensor", "Output", "Prediction", "EncodedImage")
-    requests = {"InferenceRequest", "TextToImage", "ImageToImage", "Inpaint", "EveryParameter", "PredictRequest"}
-    requests |= {"Event", "GenerateRequest", "GenerateStreamRequest", "InferenceStreamRequest"}
+    verbs = ("", "Generate", "GenerateStream", "InferStream")
+    requests = {verb + task for verb in verbs for task in ("TextToImage", "ImageToImage", "Inpaint")}
+    requests |= {"InferenceRequest", "GenerateRequest", "GenerateStreamRequest", "InferenceStreamRequest"}
+    requests |= {"PredictRequest", "EveryParameter", "Event"}
     assert set(answers) | requests >= {name for name in document["components"]["schemas"] if not name.endswith(parts)}
+
+
+async def test_generators_of_clients_find_a_name_for_each_body_and_no_constant_they_cannot_read(
+    document: dict[str, Any],
+) -> None:
+    def constants(node: Any) -> Iterator[Any]:
+        if isinstance(node, dict) and "const" in node:
+            yield node["const"]
+        for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            yield from constants(part)
+
+    schemas = document["components"]["schemas"]
+    # openapi-python-client refuses the whole document for one constant that is a list.
+    assert not [constant for constant in constants(schemas) if isinstance(constant, list)]
+    bodies = ("InferenceRequest", "GenerateRequest", "GenerateStreamRequest", "InferenceStreamRequest")
+    references = [option["$ref"] for body in bodies for option in schemas[body]["oneOf"]]
+    names = [reference.removeprefix("#/components/schemas/") for reference in references]
+    assert len(set(names)) == len(names) == 12
+    assert all(schemas[name]["title"] == name for name in names)
 
 
 async def test_a_server_that_is_not_ready_answers_as_documented() -> None:
