@@ -1,0 +1,101 @@
+"""The page at /docs in a browser: it opens where a proxy put it, and paints there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.main import create_app
+from app.settings import Settings
+from tests.fakes import Strict
+from tests.waiting import until
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no browser (Debian: chromium)")
+
+PREFIX = "/serving/pictures/sdxl"
+PICTURE = re.compile(r'<img src="data:image/\w+;base64,[^"]+"')
+TRY = """<script>
+const timer = setInterval(() => {
+  const operation = document.getElementById("operations-OPERATION");
+  const body = operation?.querySelector("textarea.body-param__text");
+  if (!body) return;
+  clearInterval(timer);
+  operation.querySelector("button.execute").click();
+}, 100);
+</script>"""
+"""What somebody does who opens an operation and clicks on "Execute"."""
+
+
+class Proxy:
+    """In front of a server: serves it under a prefix and nothing else, and adds a script to its page."""
+
+    def __init__(self, app: ASGIApp, script: str) -> None:
+        self._app = app
+        self._script = script.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_script(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != b"content-length"]
+            if message.get("body", b"").startswith(b"<!doctype html>"):
+                message["body"] += self._script
+            await send(message)
+
+        if scope["type"] == "http":
+            known = scope["path"].startswith(f"{PREFIX}/")
+            path = scope["path"].removeprefix(PREFIX) if known else "/not/behind/this/proxy"
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        await self._app(scope, receive, send_with_script)
+
+
+@contextmanager
+def serve(script: str, **settings: str) -> Iterator[str]:
+    """A server behind a proxy; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = Proxy(create_app(Settings(model_name="sdxl", **settings), load=Strict), script)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}{PREFIX}"
+    try:
+        until(lambda: httpx.get(f"{url}/v2/health/ready", timeout=30).status_code == 200)
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[str], str]:
+    """Opens an address in a browser and gives the page as it is in the end."""
+
+    def browse(url: str) -> str:
+        assert CHROMIUM is not None
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+        # Seconds of the page's own clock, which stands still while it waits for an answer.
+        flags += ["--virtual-time-budget=20000", "--dump-dom"]
+        result = subprocess.run([CHROMIUM, *flags, url], capture_output=True, text=True, check=True, timeout=300)
+        return result.stdout
+
+    return browse
+
+
+@pytest.mark.parametrize("path", ["/docs", "/docs/"])
+def test_the_page_opens_and_paints_under_a_prefix(path: str, browse: Callable[[str], str]) -> None:
+    with serve(TRY.replace("OPERATION", "Pictures-infer")) as url:
+        page = browse(f"{url}{path}")
+    assert 'id="operations-Pictures-infer"' in page
+    assert f"{url}/v2/models/sdxl/infer" in page
+    assert len(PICTURE.findall(page)) == 1
