@@ -109,7 +109,8 @@ class Offer:
     def conditions(self) -> str:
         """The parameters that no schema can tell, as a table in Markdown."""
         rows = [f"| `{name}` | {when} |" for name, when in CONDITIONS.items() if self.takes(name)]
-        return "\n".join(["\nParameters that go with some values of others only:\n", "| | |", "|---|---|", *rows])
+        head = ["\nParameters that go with some values of others only:\n", "| name | goes with |", "|---|---|"]
+        return "\n".join([*head, *rows])
 
     @staticmethod
     def foreign(task: ImageTask) -> tuple[str, ...]:

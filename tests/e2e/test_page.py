@@ -1,4 +1,4 @@
-"""The page at /docs in a browser: it opens where a proxy put it, and paints there."""
+"""The page at /docs in a browser: it opens where a proxy put it, and shows the pictures that are painted there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.offer import EXAMPLE_IMAGE
 from app.main import create_app
 from app.settings import Settings
 from tests.fakes import Strict
@@ -25,7 +26,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no browser (Debian: chromium)")
 
 PREFIX = "/serving/pictures/sdxl"
-PICTURE = re.compile(r'<img src="data:image/\w+;base64,[^"]+"')
+PICTURE = re.compile(r'<img src="data:image/\w+;base64,[^"]+" alt="([^"]+)"')
 TRY = """<script>
 const timer = setInterval(() => {
   const operation = document.getElementById("operations-OPERATION");
@@ -36,6 +37,25 @@ const timer = setInterval(() => {
 }, 100);
 </script>"""
 """What somebody does who opens an operation and clicks on "Execute"."""
+
+LOOK_AT_SIXTEEN = """<script>
+const timer = setInterval(() => {
+  if (!document.querySelector(".opblock")) return;
+  clearInterval(timer);
+  const outputs = [{name: "image", data: Array(16).fill("PICTURE")}];
+  showPictures({obj: {outputs, parameters: {content_type: "image/png"}}});
+  const section = document.getElementById("pictures");
+  const pictures = [...section.querySelectorAll("img")];
+  pictures.forEach((picture) => { picture.width = 192; });  // whether they are there already or not
+  pictures.at(-1).scrollIntoView();
+  const last = pictures.at(-1).getBoundingClientRect();
+  pictures[0].scrollIntoView();
+  const first = pictures[0].getBoundingClientRect();
+  section.querySelector("button").click();
+  document.title = `${first.left >= 0} ${last.right <= innerWidth} ${getComputedStyle(section).display}`;
+}, 100);
+</script>""".replace("PICTURE", EXAMPLE_IMAGE)
+"""What somebody does whose answer holds more pictures than fit beside each other, and who has seen enough of them."""
 
 
 class Proxy:
@@ -98,4 +118,17 @@ def test_the_page_opens_and_paints_under_a_prefix(path: str, browse: Callable[[s
         page = browse(f"{url}{path}")
     assert 'id="operations-Pictures-infer"' in page
     assert f"{url}/v2/models/sdxl/infer" in page
-    assert len(PICTURE.findall(page)) == 1
+    assert PICTURE.findall(page) == ["Picture 1 of 1"]
+
+
+@pytest.mark.parametrize("operation", ["Pictures-generate_stream", "Protocol v1-v1_predict"])
+def test_the_page_shows_what_streams_and_protocol_v1_paint(operation: str, browse: Callable[[str], str]) -> None:
+    with serve(TRY.replace("OPERATION", operation.replace(" ", "_"))) as url:
+        page = browse(f"{url}/docs#/{operation.replace('-', '/')}")
+    assert PICTURE.findall(page) == ["Picture 1 of 1"]
+
+
+def test_pictures_that_are_too_many_for_the_window_can_be_scrolled_to_and_hidden(browse: Callable[[str], str]) -> None:
+    with serve(LOOK_AT_SIXTEEN) as url:
+        page = browse(f"{url}/docs")
+    assert "<title>true true none</title>" in page
