@@ -15,8 +15,7 @@ from nbclient import NotebookClient
 
 from tests.e2e.conftest import running_server
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "clients" / "sdxl-client-examples.ipynb"
+NOTEBOOK = Path(__file__).parents[1] / "clients" / "sdxl-client-examples.ipynb"
 
 
 FLAGS = ("--use_refiner", "true", "--refiner_id", "demo")
@@ -30,11 +29,11 @@ def execute(url: str) -> Any:
         nbclient.exceptions.CellExecutionError: a cell raised an error.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    # Where the kernel finds `clients`, and nothing that the machine says of another server.
+    # In the notebook's own folder, as Jupyter does it, and with nothing that the machine says of another server.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SDXL_")}
-    environment |= {"SDXL_URL": url, "PYTHONPATH": str(ROOT)}
+    environment |= {"SDXL_URL": url}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False)
-    client.execute(cwd=str(ROOT), env=environment)
+    client.execute(cwd=str(NOTEBOOK.parent), env=environment)
     for cell in notebook.cells:
         cell.metadata.clear()
     notebook.metadata = {

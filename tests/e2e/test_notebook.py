@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -40,3 +44,13 @@ def test_the_kept_notebook_was_run_in_order() -> None:
     assert not any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
     for picture in pictures(kept):
         assert any(ImageStat.Stat(picture.convert("L")).var), "a picture of nothing"
+
+
+def test_it_finds_the_client_beside_it_where_nothing_is_installed(tmp_path: Path) -> None:
+    folder = shutil.copytree(NOTEBOOK.parent, tmp_path / "clients")
+    (cell,) = [each.source for each in nbformat.read(NOTEBOOK, as_version=4).cells if "clients.client" in each.source]
+    imports = cell.partition("with Client")[0]
+    script = f"{imports}\nprint(sys.modules[Client.__module__].__file__)"
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=120)
+    assert Path(found.stdout.strip()).resolve() == (folder / "client.py").resolve()
