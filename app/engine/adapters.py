@@ -5,15 +5,14 @@ Nothing is fused and nothing reloaded for a request; jobs with the same adapters
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.engine.checkpoints import SUFFIX, read_checkpoint
 from app.errors import InvalidRequest, ModelLoadFailed, first_line
 from app.sentences import describe, nearest
 from app.settings import ADAPTER
@@ -146,20 +145,12 @@ def parse_reference(reference: str) -> tuple[str, Path, float]:
 
 def _check_file(path: Path) -> None:
     """Only whole ``.safetensors`` files are read, as the others could run code, and only what diffusers reads whole."""
-    if path.suffix != ".safetensors":
-        raise ModelLoadFailed(f"The adapter {path} is no .safetensors file; convert it, other formats are not read.")
+    if path.suffix != SUFFIX:
+        raise ModelLoadFailed(f"The adapter {path} is no {SUFFIX} file; convert it, other formats are not read.")
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, 100_000_000)))
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise ModelLoadFailed(f"The adapter {path} does not exist; mount it there or correct --lora.") from None
-    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError):
-        raise ModelLoadFailed(f"The adapter {path} is damaged or no safetensors file; fetch it again.") from None
-    if size != 8 + length + end:
-        raise ModelLoadFailed(f"The adapter {path} is not whole ({size} of {8 + length + end} bytes); fetch it again.")
+        names = read_checkpoint(path).shapes
+    except ModelLoadFailed as error:
+        raise ModelLoadFailed(f"The adapter {error}") from None
     for part, kind in UNREAD:
-        if any(part in name for name in header):
+        if any(part in name for name in names):
             raise ModelLoadFailed(f"The adapter {path} is {kind}, and only LoRA and LoCon are read; take one of those.")

@@ -154,9 +154,10 @@ def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
     pipeline = fresh()
     whole = (folder / "first.safetensors").read_bytes()
     cases = {
-        "cut.safetensors": (whole[:-10], "is not whole"),
-        "page.safetensors": (b"<!DOCTYPE html><html></html>", "is damaged"),
-        "empty.safetensors": (b"", "is damaged"),
+        "cut.safetensors": (whole[:-10], "is cut off"),
+        "page.safetensors": (b"<!DOCTYPE html><html></html>", "is a web page"),
+        "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        "empty.safetensors": (b"", "is empty"),
         "pickle.bin": (b"\x80\x02", "no .safetensors file"),
     }
     for name, (data, message) in cases.items():
