@@ -56,9 +56,9 @@ def choose(
     ordered = sorted(images, key=urgency)
     if not ordered:
         return []
-    signatures = {id(image): signature(image) for image in ordered}
-    turn = stay if stay is not None and stay in signatures.values() else signatures[id(ordered[0])]
-    candidates = [image for image in ordered if signatures[id(image)] == turn]
+    signatures = {image: signature(image) for image in ordered}
+    turn = stay if stay is not None and stay in signatures.values() else signatures[ordered[0]]
+    candidates = [image for image in ordered if signatures[image] == turn]
     return fill(candidates, rows, most_rows, most_load)
 
 
