@@ -104,18 +104,14 @@ class Schedulers:
             # Few, as the device waits for this.
             few = replace(request, num_inference_steps=TRIAL_STEPS)
             spaced = [replace(few, timestep_spacing=spacing) for spacing in TIMESTEP_SPACINGS]
-            made = [self.begin(each, torch.device("cpu")) for each in spaced]
+            made = [self.begin(each) for each in spaced]
             if len({(str(timesteps), str(getattr(scheduler, "sigmas", None))) for scheduler, timesteps in made}) == 1:
                 spacings = [name for name in SIGMA_SPACINGS if getattr(request, name)]
                 sentences += no_effect(["timestep_spacing"], " and ".join([why, *spacings]))
         return sentences
 
-    def begin(self, request: GenerateRequest, device: torch.device) -> tuple[Any, torch.Tensor]:
-        """A scheduler of its own for one image, and all its timesteps, ``[n]``.
-
-        Args:
-            request: resolved.
-            device: where the timesteps are wanted.
+    def begin(self, request: GenerateRequest) -> tuple[Any, torch.Tensor]:
+        """A scheduler of its own for one image of a resolved request, and all its timesteps, ``[n]`` on the CPU.
 
         Raises:
             InvalidRequest: the scheduler cannot do these steps.
@@ -127,9 +123,9 @@ class Schedulers:
             chosen["timesteps"] = [int(timestep) for timestep in chosen["timesteps"]]
         try:
             if chosen:
-                scheduler.set_timesteps(device=device, **chosen)
+                scheduler.set_timesteps(device="cpu", **chosen)
             else:
-                scheduler.set_timesteps(request.num_inference_steps, device=device)
+                scheduler.set_timesteps(request.num_inference_steps, device="cpu")
         except (ValueError, IndexError, RuntimeError, AssertionError) as error:
             logger.info("the scheduler %s: %s", request.scheduler, error)
             asked = f"the {next(iter(chosen))} given" if chosen else counted(request.num_inference_steps or 1, "step")

@@ -11,8 +11,6 @@ from app.engine import schedulers
 from app.engine.sdxl_job import Part
 from app.generation import GenerateRequest
 
-CPU = torch.device("cpu")
-
 
 @dataclass(slots=True)
 class Stretch:
@@ -75,7 +73,7 @@ def plan(request: GenerateRequest, base: Part, refiner: Part | None) -> list[Str
 
 def _whole(part: Part, request: GenerateRequest) -> Stretch:
     """All steps through one part, from where `strength` begins."""
-    scheduler, timesteps = part.schedulers.begin(request, CPU)
+    scheduler, timesteps = part.schedulers.begin(request)
     stretch = Stretch(part, scheduler, timesteps, timesteps[:1])
     start = 0
     if request.strength is not None:
