@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 
 from app.engine.adapters import resolve as resolve_loras
 from app.engine.flow_schedulers import FlowSchedulers, first_step
+from app.engine.resolving import given, picture_size, stock_defaults
 from app.engine.tokens import TokenCounter
 from app.errors import InvalidRequest
 from app.generation import GenerateRequest, ImageTask
@@ -59,15 +59,12 @@ class FluxRequests:
         self._count_tokens = TokenCounter(pipeline.tokenizer_2)
         self._factor: int = pipeline.vae_scale_factor * 2
         self.own_size = _own_size(pipeline, self._factor)
-        self._defaults = {
-            task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
-            for task, stock in STOCK.items()
-        }
+        self._defaults = stock_defaults(STOCK)
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         default = self._defaults[request.task]
         steps = len(request.sigmas) if request.sigmas is not None else request.num_inference_steps
-        height, width = self._size(request)
+        height, width = picture_size(request, self._factor, self.own_size)
         resolved = replace(
             request,
             height=height,
@@ -85,37 +82,6 @@ class FluxRequests:
         self._check_lengths(resolved)
         self._check_shares(resolved)
         return resolved
-
-    def _size(self, request: GenerateRequest) -> tuple[int, int]:
-        """Height and width: as asked, or the input image's own, or the model's."""
-        sides = {"height": request.height, "width": request.width}
-        own = request.image
-        assert not isinstance(own, bytes)
-        for name, size in sides.items():
-            if size is not None:
-                self._check_side(name, size)
-            elif own is None:
-                sides[name] = self.own_size
-            else:
-                sides[name] = getattr(own, name)
-                if getattr(own, name) % self._factor:
-                    fitting = f"{self._nearest(own.height)} and {self._nearest(own.width)}"
-                    raise InvalidRequest(
-                        f"The image is {own.height} pixels high and {own.width} wide, and both must be multiples of "
-                        f"{self._factor}; give height and width, such as {fitting}, to have it resized."
-                    )
-        assert sides["height"] is not None and sides["width"] is not None
-        return sides["height"], sides["width"]
-
-    def _nearest(self, size: int) -> int:
-        return max(1, round(size / self._factor)) * self._factor
-
-    def _check_side(self, name: str, size: int) -> None:
-        factor = self._factor
-        if size % factor:
-            below, above = size // factor * factor, (size // factor + 1) * factor
-            fitting = f"{below} and {above}" if below else f"{above}"
-            raise InvalidRequest(f"{name} must be a multiple of {factor}, not {size}; the nearest fitting: {fitting}.")
 
     def _check_steps(self, request: GenerateRequest) -> None:
         assert request.num_inference_steps is not None
@@ -187,8 +153,3 @@ def _own_size(pipeline: FluxPipeline, factor: int) -> int:
     if "sample_size" in config.get("_use_default_values", ()) or config.sample_size % factor:
         return int(pipeline.default_sample_size * pipeline.vae_scale_factor)
     return int(config.sample_size)
-
-
-def given(value: Any, default: Any) -> Any:
-    """`value`, unless there is none."""
-    return default if value is None else value

@@ -22,8 +22,9 @@ from app.engine.device import Pace, draw_noise, on_device, sending
 from app.engine.family import Family
 from app.engine.optimization import LOSSY_PARAMETERS, OFF, Optimization, guided_steps
 from app.engine.prompts import Embedding
+from app.engine.resolving import given
 from app.engine.sdxl_job import Conditioning, Inpainting, Leg, Part, SdxlJob
-from app.engine.sdxl_requests import SdxlRequests, given, zero_negative
+from app.engine.sdxl_requests import SdxlRequests, zero_negative
 from app.engine.sdxl_schedule import Stretch, parts_of, plan
 from app.engine.vae import CPU_DECODE_LOAD
 from app.engine.warming import warm

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from diffusers import (
 
 from app.engine.adapters import resolve as resolve_loras
 from app.engine.prompts import PromptLimits
+from app.engine.resolving import given, picture_size, stock_defaults
 from app.engine.schedulers import CUSTOM, OPTIONS
 from app.engine.sdxl_job import Part
 from app.engine.sdxl_schedule import parts_of, plan
@@ -60,16 +60,13 @@ class SdxlRequests:
         self.only_inpaints: bool = base.unet.config.in_channels != channels
         encoders = filter(None, (base.pipeline.text_encoder, base.pipeline.text_encoder_2))
         self.most_clip_skip = min(encoder.config.num_hidden_layers for encoder in encoders) - 1
-        self._defaults = {
-            task: {name: each.default for name, each in inspect.signature(stock.__call__).parameters.items()}
-            for task, stock in STOCK.items()
-        }
+        self._defaults = stock_defaults(STOCK)
         self._prompt_limits = PromptLimits(base.pipeline)
         self._count = functools.lru_cache(maxsize=256)(self._count_steps)
 
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         default = self._defaults[request.task]
-        height, width = self._size(request)
+        height, width = picture_size(request, self._factor, self.own_size)
         self._check_clip_skip(request.clip_skip)
         self._check_prompts(request)
         resolved = replace(
@@ -125,36 +122,6 @@ class SdxlRequests:
             aesthetic_score=given(request.aesthetic_score, default["aesthetic_score"]),
             negative_aesthetic_score=given(request.negative_aesthetic_score, default["negative_aesthetic_score"]),
         )
-
-    def _size(self, request: GenerateRequest) -> tuple[int, int]:
-        """Height and width: as asked, or the input image's own, or the model's."""
-        sides = {"height": request.height, "width": request.width}
-        own = request.image
-        for name, size in sides.items():
-            if size is not None:
-                self._check_side(name, size)
-            elif own is None or isinstance(own, bytes):
-                sides[name] = self.own_size
-            else:
-                sides[name] = getattr(own, name)
-                if getattr(own, name) % self._factor:
-                    fitting = f"{self._nearest(own.height)} and {self._nearest(own.width)}"
-                    raise InvalidRequest(
-                        f"The image is {own.height} pixels high and {own.width} wide, and both must be multiples of "
-                        f"{self._factor}; give height and width, such as {fitting}, to have it resized."
-                    )
-        assert sides["height"] is not None and sides["width"] is not None
-        return sides["height"], sides["width"]
-
-    def _nearest(self, size: int) -> int:
-        return max(1, round(size / self._factor)) * self._factor
-
-    def _check_side(self, name: str, size: int) -> None:
-        factor = self._factor
-        if size % factor:
-            below, above = size // factor * factor, (size // factor + 1) * factor
-            fitting = f"{below} and {above}" if below else f"{above}"
-            raise InvalidRequest(f"{name} must be a multiple of {factor}, not {size}; the nearest fitting: {fitting}.")
 
     def _check_clip_skip(self, clip_skip: int | None) -> None:
         most = self.most_clip_skip
@@ -241,8 +208,3 @@ class SdxlRequests:
 def zero_negative(part: Part) -> bool:
     """Whether no negative prompt means zeros, and not the embedding of an empty one."""
     return bool(part.pipeline.config.force_zeros_for_empty_prompt)
-
-
-def given(value: Any, default: Any) -> Any:
-    """`value`, unless there is none."""
-    return default if value is None else value
