@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -41,7 +41,8 @@ from app.errors import (
 )
 from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
-from app.settings import Settings, find_strangers, find_termination_log, load_settings
+from app.sentences import nearest
+from app.settings import Settings, find_termination_log, load_settings, read_other_keys
 from app.telemetry import METRICS_CONTENT_TYPE, AccessLog, Telemetry, configure_logging
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
+        _hand_over(read_other_keys())
         compile_cache.keep(settings)
         ranks = find_ranks()
         if ranks is not None:
@@ -257,6 +259,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.shutdown()
         os._exit(code)
     return code
+
+
+def _hand_over(variables: Mapping[str, str]) -> None:
+    """Give libraries the variables that ``.env`` has for them; what the environment says stays."""
+    settings = [name.upper() for name in Settings.model_fields]
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+        hint = nearest(name.upper(), settings)
+        level = logging.WARNING if hint else logging.INFO
+        logger.log(level, ".env has %s, which is no setting%s; libraries find it in the environment", name, hint)
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -334,8 +346,6 @@ def _serve(
     # Until the server runs and has handlers of its own, and after it has ended.
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    for name in find_strangers():
-        logger.warning(".env has %s, which is no setting and does nothing there; libraries read the environment", name)
     for name in settings.ignored():
         logger.info("the setting %s is accepted for KServe's sake and does nothing here", name)
     idle = [f"--{name}" for name in ("warm_sizes", "cache_dir") if getattr(settings, name)]

@@ -399,15 +399,14 @@ def load_settings(
         ) from None
 
 
-def find_strangers(env_file: Path = Path(".env")) -> list[str]:
-    """Keys of ``.env`` that are no settings, each with the one that may be meant.
+def read_other_keys(env_file: Path = Path(".env")) -> dict[str, str]:
+    """What ``.env`` has besides settings: variables that libraries read, such as ``HF_HOME``, and misspelt settings.
 
     Raises:
         InvalidSettings: the file cannot be read.
     """
-    known = [name.upper() for name in Settings.model_fields]
-    strangers = [key for key in _read_env_file(env_file) if key not in (*known, *ALIASES.values())]
-    return [f"{key}{nearest(key.upper(), known)}" for key in strangers]
+    known = {*(name.upper() for name in Settings.model_fields), *ALIASES.values()}
+    return {name: value for name, value in _read_env_file(env_file).items() if name not in known}
 
 
 def find_termination_log(

@@ -429,18 +429,17 @@ def test_what_is_for_compiling_alone_is_told_where_nothing_is_compiled(
         assert f" {names} no effect: only --optimize compile and max compile anything" in line
 
 
-def test_keys_of_the_env_file_that_do_nothing_are_told_without_their_values(
+def test_libraries_find_what_the_env_file_has_for_them_and_misspelt_settings_are_told(
     tmp_path: Path, without_torch: dict[str, str]
 ) -> None:
-    (tmp_path / ".env").write_text("MAX_STEP=7\nHF_HOME=/of/mine\nHF_TOKEN=hf_x\nMAX_SIDE=512\nport=1\n")
-    said = serve(tmp_path, without_torch, "--model_id", "nothing").stderr
-    warned = [line.split(" which ")[0] for line in said.splitlines() if " WARNING " in line]
-    assert [line.partition(".env has ")[2] for line in warned] == [
-        "MAX_STEP (did you mean 'MAX_STEPS'?),",
-        "HF_HOME,",
-        "port (did you mean 'HTTP_PORT'?),",
-    ]
-    assert "/of/mine" not in said
+    (tmp_path / ".env").write_text("MAX_STEP=7\nHF_HUB_OFFLINE=1\nHF_HOME=of-mine\nHF_TOKEN=hf_x\nMAX_SIDE=512\n")
+    finished = serve(tmp_path, {"HF_HOME": "elsewhere", **without_torch}, "--model_id", "somebody/some-model")
+    failed(finished, "is not in the cache", "HF_HUB_OFFLINE forbids to ask the hub")
+    assert not (tmp_path / "of-mine").exists(), "the environment comes first"
+    told = [line for line in finished.stderr.splitlines() if ".env has " in line]
+    assert [" WARNING " in line for line in told] == [True, False, False]
+    assert "MAX_STEP, which is no setting (did you mean 'MAX_STEPS'?)" in told[0]
+    assert "hf_x" not in finished.stderr and "of-mine" not in finished.stderr
 
 
 # --- KServe's flags and the key, on a running server -----------------------------------------------------------
