@@ -125,7 +125,16 @@ def _check_numbers(values: list[Any], datatype: str) -> list[Value]:
     low, high = _bounds(datatype)
     if values and not low <= min(values) <= max(values) <= high:
         raise InvalidRequest(f"an element of the data does not fit {datatype}.")
-    return values
+    return _as_meant(values, np.dtype(NUMPY_TYPES[datatype])) if kind == "f" else values
+
+
+def _as_meant(numbers: Sequence[float], dtype: np.dtype) -> list[Value]:
+    """0.7, and not 0.699999988079071, which is as near as 32 bits come to it: seven tenths of ten steps are seven.
+
+    Whole numbers are what they are.
+    """
+    texts = np.array(numbers, dtype).astype(str).tolist()
+    return [number if float(number).is_integer() else float(text) for number, text in zip(numbers, texts, strict=True)]
 
 
 def _bounds(datatype: str) -> tuple[float, float]:
@@ -160,8 +169,8 @@ def read_binary(raw: memoryview, datatype: str, shape: Sequence[int]) -> list[Va
         array = (array.astype("<u4") << 16).view("<f4")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InvalidRequest(f"{datatype} data holds NaN or infinity.")
-    values: list[Value] = array.tolist()
-    return values
+    values = array.tolist()
+    return _as_meant(values, array.dtype) if array.dtype.kind == "f" else values
 
 
 def _read_strings(raw: memoryview, count: int) -> list[bytes]:

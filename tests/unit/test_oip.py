@@ -533,6 +533,28 @@ def test_adapters_are_names_with_scales(text: str, expected: tuple[tuple[str, fl
     assert binary_input("loras", "BYTES", [1], write_strings([text.encode()])).requests[0].loras == expected
 
 
+@pytest.mark.parametrize("strength", [0.1, 0.3, 0.7, 0.9, 0.999])
+def test_a_fraction_is_the_same_in_whatever_type_it_comes(strength: float) -> None:
+    # As near as the type comes to it would be less than 7 of 10 steps.
+    near = float(np.float32(strength))
+    calls = [
+        parse(PROMPT, parameters={"strength": strength}),
+        parse(PROMPT, tensor("strength", "FP64", [strength])),
+        parse(PROMPT, tensor("strength", "FP32", [strength])),
+        parse(PROMPT, tensor("strength", "FP32", [near])),
+        binary_input("strength", "FP64", [1], struct.pack("<d", strength)),
+        binary_input("strength", "FP32", [1], struct.pack("<f", strength)),
+        binary_input("strength", "FP16", [1], struct.pack("<e", strength)),
+    ]
+    assert {call.requests[0].strength for call in calls} == {strength}
+
+
+def test_a_whole_number_is_what_it_is_in_whatever_type_it_comes() -> None:
+    assert parse(PROMPT, tensor("seed", "FP32", [16_777_217])).requests[0].seed == 16_777_217
+    assert binary_input("seed", "FP32", [1], struct.pack("<f", 123_456_792)).requests[0].seed == 123_456_792
+    assert binary_input("seed", "FP64", [1], struct.pack("<d", 2.0**62)).requests[0].seed == 2**62
+
+
 def test_truths_and_lists_come_in_binary_too() -> None:
     assert binary_input("use_karras_sigmas", "BOOL", [1], b"\1").requests[0].use_karras_sigmas is True
     assert binary_input("timesteps", "INT64", [2], struct.pack("<2q", 900, 1)).requests[0].timesteps == (900.0, 1.0)
