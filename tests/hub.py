@@ -34,6 +34,7 @@ class Hub:
         denied: the token lacks the right to read.
         status: what every request is refused with.
         signature: files are at addresses that end in it, to which who asks for one is sent.
+        xet: weights are in a storage of another kind too, which refuses everything.
         breaks: bytes of a file, by its path, after which the connection ends once.
         resets: as above, but the connection is reset and not closed.
         requests: every method, path and Range header.
@@ -45,6 +46,7 @@ class Hub:
     denied: bool = False
     status: int | None = None
     signature: str = ""
+    xet: bool = False
     breaks: dict[str, int] = field(default_factory=dict)
     resets: bool = False
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -106,7 +108,12 @@ class _Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+)(/.*)?", path)
         name, rest = (found[1], found[2] or "") if found else ("", "")
         is_file = rest.startswith("/resolve/")
-        if hub.status is not None:
+        if path.startswith("/xet/"):
+            self._refuse(404)
+        elif path == "/xet":
+            access = {"Access-Token": "x", "Cas-Url": f"{hub.url}/xet/", "Token-Expiration": "9999999999"}
+            self._send_head(200, {f"X-Xet-{key}": value for key, value in access.items()} | {"Content-Length": "0"})
+        elif hub.status is not None:
             self._refuse(hub.status)
         elif hub.token is not None and self.headers.get("Authorization") is None:
             self._refuse(401, "GatedRepo" if is_file else None)
@@ -159,6 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound")
         content = path.read_bytes()
         headers = {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.served.xet and path.suffix == ".safetensors":
+            headers |= {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": f"{self.served.url}/xet"}
         asked, start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""), 0
         if asked:
             start = int(asked[1])

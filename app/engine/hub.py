@@ -175,6 +175,13 @@ def _fetch(name: str, files: list[str], hear: Callable[[int], None], where: dict
             logger.warning("the connection to the hub broke (%s): taking the download up again", type(error).__name__)
             time.sleep(attempt)
             attempt += 1
+        except RuntimeError as error:
+            # hf_xet's, which has tried for minutes by then; hosts of its own may be out of reach where the hub is not.
+            if constants.HF_HUB_DISABLE_XET:
+                raise
+            said = re.sub(r"\?[^\s)]*", "", first_line(error))  # no signatures
+            logger.warning("the hub's Xet storage failed (%s): going on without it", said)
+            constants.HF_HUB_DISABLE_XET = True
 
 
 def _list_files(name: str, folder: Path, cache: Path | None) -> dict[str, int]:

@@ -184,6 +184,16 @@ def test_a_hub_that_has_been_asked_too_often_is_not_needed_the_second_time(serve
     assert fetch(hub, tmp_path) == folder
 
 
+def test_where_the_hubs_other_storage_is_out_of_reach_the_files_come_without_it(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub = serve(xet=True)
+    assert (fetch(hub, tmp_path) / UNET).stat().st_size == (DEMO / UNET).stat().st_size
+    assert any(path.startswith("/xet/") for _, path, _ in hub.requests)
+    assert "the hub's Xet storage failed" in caplog.text
+
+
 def test_signed_addresses_of_files_are_never_logged(
     serve: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
