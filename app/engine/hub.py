@@ -6,6 +6,7 @@ the token appears in no log and no sentence.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -33,6 +34,8 @@ ATTEMPTS = 5
 """Times that a download is taken up again after errors that pass."""
 TRY_LATER = {429, *range(500, 600)}
 """Statuses that pass: too many requests from this address, and whatever is wrong with the hub."""
+LEFT_AFTER = 900.0
+"""Seconds without a byte after which nobody writes to an unfinished file; others may load into the same cache."""
 PIECE = 64 * 1024
 """Bytes that are written at a time."""
 TEXTS = (".json", ".txt", ".model")
@@ -87,6 +90,7 @@ def download(
             raise ModelLoadFailed(
                 f"{name} on the hub has no {INDEX}: it is not in diffusers' layout; name another with --model_id."
             )
+        _remove_leftovers(folder)
         kind, index = read_index(folder)
         sizes = _list_files(name, folder, cache)
         wanted = select_files(sizes, kind, index, full_precision=full_precision, without_weights=without_weights)
@@ -182,6 +186,19 @@ def _fetch(name: str, files: list[str], hear: Callable[[int], None], where: dict
             said = re.sub(r"\?[^\s)]*", "", first_line(error))  # no signatures
             logger.warning("the hub's Xet storage failed (%s): going on without it", said)
             constants.HF_HUB_DISABLE_XET = True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what starts that were ended while they loaded have left of the files: nothing takes it up again.
+
+    Args:
+        folder: of the model's snapshot in the cache.
+    """
+    for path in folder.parents[1].glob("blobs/*.incomplete"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFT_AFTER:
+                path.unlink()
+                logger.info("removed %s, which an earlier start did not finish", path)
 
 
 def _list_files(name: str, folder: Path, cache: Path | None) -> dict[str, int]:

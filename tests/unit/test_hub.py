@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -225,6 +226,18 @@ def test_an_unfinished_download_is_not_taken_for_a_whole_one(
     assert "is not in the cache, or not all of it, and HF_HUB_OFFLINE forbids" in complaint(hub, tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert (fetch(hub, tmp_path / "cache") / UNET).exists()
+
+
+def test_what_killed_starts_left_of_files_does_not_fill_the_disk(serve: Any, tmp_path: Path) -> None:
+    hub = serve()
+    blobs = fetch(hub, tmp_path).parents[1] / "blobs"
+    left, another_is_at_it = blobs / "a.1.incomplete", blobs / "a.2.incomplete"
+    for path in (left, another_is_at_it):
+        path.write_bytes(b"x")
+    os.utime(left, (1, 1))
+    fetch(hub, tmp_path)
+    assert not left.exists()
+    assert another_is_at_it.exists()
 
 
 # --- Refusals --------------------------------------------------------------------------------------------------
