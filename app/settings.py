@@ -200,7 +200,9 @@ class Settings(BaseModel):
         description="Private key of ssl_certfile, in PEM format without a password. KSERVE_TLS_KEY_FILE is read too.",
     )
     api_key: SecretStr | None = Field(
-        None, description="Key that callers send as 'Authorization: Bearer KEY'; health stays open. None: no key."
+        None,
+        description="Key that callers send as 'Authorization: Bearer KEY', and browsers to /docs as a password; health "
+        "stays open. None: no key.",
     )
     enable_docs_url: bool = Field(True, description="Serve Swagger UI at /docs and the document at /openapi.json.")
     grace_period: float = Field(

@@ -6,6 +6,9 @@ Every transport uses this; it knows no protocol's messages and no model.
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import contextlib
 import hashlib
 import hmac
 import json
@@ -62,6 +65,12 @@ HTTP_STATUS: Mapping[str, int] = {
 
 OPEN_PATHS = frozenset({"/", "/v2/health/live", "/v2/health/ready"})
 """Paths that need no key: an orchestrator's probes carry none."""
+PAGE = re.compile("/docs(/files/.*)?|/openapi.json")
+"""What a browser opens: it has no other key than a password, for which it asks where it is told to. That is good for
+nothing else, as a browser sends it with whatever another site makes it send."""
+
+CHALLENGE = 'Basic realm="the key is the password", charset="UTF-8"'
+"""Source: RFC 7617, 2 and 2.1."""
 
 NOT_LIVE = "The device has failed or hangs; restart the server."
 
@@ -193,11 +202,15 @@ class Edge:
             await send(message)
 
         try:
-            if self._api_key is None or path in OPEN_PATHS or self._authorized(headers):
+            is_page = PAGE.fullmatch(path) is not None and method in ("GET", "HEAD")
+            if self._api_key is None or path in OPEN_PATHS or self._authorized(headers, is_page):
                 await self._app(scope, receive, send_with_id)
             else:
                 fault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
-                await error_response(fault)(scope, receive, send_with_id)
+                response = error_response(fault)
+                if is_page:
+                    response.headers.append("WWW-Authenticate", CHALLENGE)
+                await response(scope, receive, send_with_id)
         except asyncio.CancelledError:
             # A server that ends has waited long enough. What is half out stays so; uvicorn breaks the connection.
             if not status:
@@ -226,9 +239,13 @@ class Edge:
                     )
                 )
 
-    def _authorized(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _authorized(self, headers: Mapping[bytes, bytes], by_password: bool) -> bool:
         assert self._api_key is not None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if by_password and scheme.lower() == b"basic":
+            with contextlib.suppress(binascii.Error):
+                _, _, password = base64.b64decode(key).partition(b":")
+                return hmac.compare_digest(password, self._api_key)
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._api_key)
 
 

@@ -1244,7 +1244,11 @@ class TestKeys:
                     assert answer.status_code == (200 if method in ("GET", "HEAD") else 405), (method, path)
                     continue
                 assert answer.status_code == 401, (method, path)
-                assert answer.headers["www-authenticate"] == "Bearer"
+                challenge = answer.headers["www-authenticate"]
+                if method in ("GET", "HEAD") and path.startswith(("/docs", "/openapi.json")):
+                    assert challenge == 'Bearer, Basic realm="the key is the password", charset="UTF-8"'
+                else:
+                    assert challenge == "Bearer", "a browser would send a password wherever another site likes"
                 if method != "HEAD":
                     check_sentence(answer.json(), "Send the server's key as 'Authorization: Bearer KEY'.")
 
@@ -1256,6 +1260,7 @@ class TestKeys:
             KEY,
             f"Basic {KEY}",
             f"Basic {base64.b64encode(KEY.encode()).decode()}",
+            f"Basic {base64.b64encode(f':{KEY}'.encode()).decode()}",
             f"Bearer {KEY[:-1]}",
             f"Bearer {KEY}x",
             f"Bearer {KEY.upper()}",
@@ -1270,6 +1275,16 @@ class TestKeys:
     def test_that_are_wrong_are_refused(self, outsider: httpx.Client, value: str) -> None:
         headers = {b"Authorization": value.encode("latin-1")}
         refused(outsider.post(INFER, content=GOOD, headers=headers), 401, "Send the server's key")
+
+    def test_are_a_password_for_browsers_that_open_the_page(self, outsider: httpx.Client) -> None:
+        for path in ("/docs", "/docs/", "/docs/files/swagger-ui.css", "/openapi.json"):
+            for user in ("", "somebody"):
+                assert outsider.get(path, auth=(user, KEY)).status_code == 200
+            for wrong in (httpx.BasicAuth(KEY, ""), httpx.BasicAuth("", KEY + "x")):
+                assert outsider.get(path, auth=wrong).status_code == 401
+            for value in ("Basic", "Basic :", f"Basic :{KEY}", "Basic ä", "Basic a"):
+                refused(outsider.get(path, headers={b"Authorization": value.encode()}), 401, "Send the server's key")
+        assert outsider.get("/metrics", auth=("", KEY)).status_code == 401
 
     def test_that_are_right_are_accepted_however_the_scheme_is_written(
         self, outsider: httpx.Client, picture: bytes

@@ -121,6 +121,13 @@ def test_the_page_opens_and_paints_under_a_prefix(path: str, browse: Callable[[s
     assert PICTURE.findall(page) == ["Picture 1 of 1"]
 
 
+def test_a_browser_opens_the_page_of_a_server_with_a_key_by_password(browse: Callable[[str], str]) -> None:
+    with serve("", api_key="sesame") as url:
+        page = browse(f"{url.replace('//', '//me:sesame@')}/docs")
+    assert 'id="operations-Pictures-infer"' in page
+    assert "Authorize" in page, "where the key for painting goes"
+
+
 @pytest.mark.parametrize("operation", ["Pictures-generate_stream", "Protocol v1-v1_predict"])
 def test_the_page_shows_what_streams_and_protocol_v1_paint(operation: str, browse: Callable[[str], str]) -> None:
     with serve(TRY.replace("OPERATION", operation.replace(" ", "_"))) as url:

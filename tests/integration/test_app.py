@@ -321,7 +321,7 @@ async def test_without_the_key_everything_but_health_is_401(path: str) -> None:
         ):
             answer = await client.get(path, headers=headers)
             assert answer.status_code == 401 and list(answer.json()) == ["error"]
-            assert answer.headers["WWW-Authenticate"] == "Bearer"
+            assert answer.headers["WWW-Authenticate"].split(", ")[0] == "Bearer"
         allowed = await client.get(path, headers={"Authorization": "Bearer sesame"})
         assert allowed.status_code == (404 if path == "/nothing" else 200)
         assert (await client.get("/v2/health/live")).status_code == 200
