@@ -141,7 +141,10 @@ class Optimization:
         return Compiler(self.backend)
 
     def row_counts(self, pixels: int, graphs: bool) -> tuple[int, ...]:
-        """Numbers of rows that are prepared for with pictures of that size.
+        """Numbers of rows that are prepared for with pictures of that size, in the order in which that is done.
+
+        The first is compiled for itself, the second for all others. Then the largest comes first: graphs share memory,
+        but the pieces that one has taken are too small for a larger one.
 
         Args:
             pixels: of a picture.
@@ -149,9 +152,9 @@ class Optimization:
         """
         most = max(2, min(self.most_rows, self.most_pixels // pixels))
         if graphs or self.plans:
-            return tuple(range(1, most + 1))
+            return (1, 2, *range(most, 2, -1))
         # What is compiled for two takes more, but for some operators only so many.
-        return tuple(sorted({1, 2, most}))
+        return (1, 2, most) if most > 2 else (1, 2)
 
 
 class _Order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,10 @@ def warm(
     longer = optimization.plans and "max_sequence_length" not in family.parameters
     with compiler.warm():
         for width, height in optimization.sizes or (own_size,):
+            too_many = math.inf
             for rows in optimization.row_counts(width * height, compiler.graphs):
+                if rows >= too_many:
+                    continue
                 what = f"{width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}"
                 logger.info("compiling for %s", what)
                 report(f"compiling for {what}")
@@ -59,7 +63,7 @@ def warm(
                         raise
                     # No request will be painted in passes of so many either.
                     logger.warning("the device has too little memory for %s: passes will have fewer", what)
-                    break
+                    too_many = rows
 
 
 def _paint(family: Family[Any], width: int, height: int, rows: int, prompts: Sequence[str]) -> None:

@@ -292,7 +292,7 @@ def test_attention_has_plans_in_what_is_compiled_alone(monkeypatch: pytest.Monke
         with compiler.warm():
             assert first(chosen, compiler) is planned
         every = planned is SDPBackend.CUDNN_ATTENTION
-        assert chosen.row_counts(64 * 64, graphs=False) == ((1, 2, 3, 4) if every else (1, 2, 4))
+        assert chosen.row_counts(64 * 64, graphs=False) == ((1, 2, 4, 3) if every else (1, 2, 4))
     assert first(choose_optimization(Settings(), gpu), None) is SDPBackend.FLASH_ATTENTION
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91400)
@@ -417,15 +417,21 @@ def test_replicas_that_start_at_once_compile_one_after_the_other_and_nothing_lat
     assert ([family.unexpected_shapes for family in families], graphs()) == (counted, before)
 
 
-@pytest.mark.parametrize("fit", [0, 2])
-def test_as_many_rows_are_warmed_as_the_device_holds(fit: int, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("fit", "plans", "refused"),
+    [(0, False, ()), (1, True, (2,)), (2, False, (4,)), (2, True, (4, 3)), (3, True, (4,))],
+)
+def test_as_many_rows_are_warmed_as_the_device_holds(
+    fit: int, plans: bool, refused: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     torch.compiler.reset()
-    family = make_flux_family(Optimization("compile", ((64, 64),), most_rows=4, backend="eager"))
-    step = family.step
+    family = make_flux_family(Optimization("compile", ((64, 64),), most_rows=4, plans=plans, backend="eager"))
+    step, warmed_for = family.step, set()
 
     def full(jobs: Sequence[Any]) -> None:
         if len(jobs) > fit:
             raise OutOfMemory("The device has too little memory for this request.")
+        warmed_for.add(len(jobs))
         step(jobs)
 
     family.step = full  # type: ignore[method-assign]
@@ -435,7 +441,10 @@ def test_as_many_rows_are_warmed_as_the_device_holds(fit: int, caplog: pytest.Lo
         return
     with caplog.at_level(logging.WARNING):
         family.warm(lambda _: None)
-    assert caplog.messages == ["the device has too little memory for 64 x 64 pixels, 4 rows: passes will have fewer"]
+    assert caplog.messages == [
+        f"the device has too little memory for 64 x 64 pixels, {rows} rows: passes will have fewer" for rows in refused
+    ]
+    assert warmed_for == set(range(1, fit + 1))
     ours(family, prompt=PROMPT, num_inference_steps=2, seed=5, width=64, height=64)
     assert family.unexpected_shapes == 0
 
@@ -787,7 +796,8 @@ def test_a_decoder_that_is_not_compiled_is_told_at_the_start(setting: str, caplo
         assert caplog.text.count("the VAE's decoder is not compiled") == count
 
 
-def test_what_auto_means() -> None:
+def test_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     cpu = Placement(torch.device("cpu"), torch.float32, None, "none")
     gpu = dataclasses.replace(cpu, device=torch.device("cuda"))
     assert choose_optimization(Settings(), cpu).level == "off"
@@ -798,6 +808,8 @@ def test_what_auto_means() -> None:
     many = dataclasses.replace(chosen, most_rows=32)
     assert many.row_counts(64 * 128, graphs=False) == (1, 2, 32)
     assert many.row_counts(2048 * 2048, graphs=False) == (1, 2, 4)
+    assert many.row_counts(4096 * 2048, graphs=False) == (1, 2)
+    assert many.row_counts(2048 * 2048, graphs=True) == (1, 2, 4, 3), "smaller ones fit where the largest did"
 
 
 @pytest.mark.parametrize(("offload", "quantization"), [("enable_sequential_cpu_offload", "none"), (None, "nf4")])
