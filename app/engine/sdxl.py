@@ -61,7 +61,6 @@ class SdxlFamily(Family[SdxlJob]):
         self._refiner = None if refiner is None else Part("refiner", refiner, self._device, self._base.vae, **how)
         self._adapters = adapters
         self._factor: int = pipeline.vae_scale_factor
-        self._unet = pipeline.unet
         # Only for its helpers; the base's own pipeline has none that reads an image.
         self._inpaint = StableDiffusionXLInpaintPipeline(**pipeline.components)
         self._requests = SdxlRequests(self._base, self._refiner, adapters.names if adapters else ())

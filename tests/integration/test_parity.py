@@ -347,7 +347,7 @@ def test_a_full_device_is_our_own_error_and_the_next_request_is_painted(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(family._unet, "forward", full)
+        patch.setattr(family._base.unet, "forward", full)
         with pytest.raises(OutOfMemory, match="too little memory"):
             ours(family, prompt=PROMPT, seed=1, num_inference_steps=1)
     assert ours(family, prompt=PROMPT, seed=1, num_inference_steps=1).shape == (128, 128, 3)

@@ -281,7 +281,7 @@ def test_a_vae_that_overflows_in_half_precision_is_float32_from_the_start(tmp_pa
     pipeline.save_pretrained(tmp_path)
     family = load_family(Settings(model_id=str(tmp_path), dtype="float16"))
     assert isinstance(family, SdxlFamily)
-    assert (family._unet.dtype, family._pipeline.vae.dtype) == (torch.float16, torch.float32)
+    assert (family._base.unet.dtype, family._pipeline.vae.dtype) == (torch.float16, torch.float32)
     # Never rounded to half precision on the way.
     assert torch.equal(family._pipeline.vae.decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
     family = load_family(Settings(model_id=str(tmp_path), dtype="bfloat16"))

@@ -133,8 +133,8 @@ def test_an_inpainting_model_keeps_its_nine_channels_as_folder_and_as_file(
     pipeline.save_pretrained(tmp_path / "folder")
     file = exporting.export_sdxl(pipeline, tmp_path / "file.safetensors")
     for family in (load(model_id=str(tmp_path / "folder")), load(single_file_model=file, config_dir=DEMO)):
-        assert family._unet.config.in_channels == 9
-        assert torch.equal(family._unet.conv_in.weight, unet.conv_in.weight)
+        assert family._base.unet.config.in_channels == 9
+        assert torch.equal(family._base.unet.conv_in.weight, unet.conv_in.weight)
 
 
 def test_a_single_file_that_predicts_velocity_is_painted_so(folders: Path, tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_full_precision_is_read_where_it_is_asked_for(stock: StableDiffusionXLPi
     changed["conv_in.bias"] += 1
     save_file(changed, tmp_path / UNET)
     bias = stock.unet.conv_in.bias
-    assert torch.equal(load(model_id=str(tmp_path))._unet.conv_in.bias, bias)
-    assert torch.equal(load(model_id=str(tmp_path), dtype="float32")._unet.conv_in.bias, bias + 1)
+    assert torch.equal(load(model_id=str(tmp_path))._base.unet.conv_in.bias, bias)
+    assert torch.equal(load(model_id=str(tmp_path), dtype="float32")._base.unet.conv_in.bias, bias + 1)
 
 
 # --- Refiners --------------------------------------------------------------------------------------------------
