@@ -277,6 +277,11 @@ class Queue:
                 self._remember(request_id, ticket, fault)
             ticket.listeners.clear()
             self._work_changed()
+        self._resolve(ticket, fault)
+        # They hold their ticket as it holds them: all pictures would stay until Python looks for such cycles.
+        ticket.images.clear()
+
+    def _resolve(self, ticket: Ticket, fault: RuntimeFault | None) -> None:
         if fault is None:
             self._telemetry.images.inc(len(ticket.images))
             ticket.future.set_result(ticket.generation())
@@ -327,8 +332,10 @@ class Queue:
         if isinstance(fault, Cancelled):
             state = RequestState.CANCELLED
         self._outcomes.pop(request_id, None)
+        # One that has ended has no images any more.
+        steps_done = ticket.steps_total if fault is None else ticket.steps_done
         self._outcomes[request_id] = RequestStatus(
-            state, ticket.steps_done, ticket.steps_total, error=str(fault) if fault else None
+            state, steps_done, ticket.steps_total, error=str(fault) if fault else None
         )
         if len(self._outcomes) > KEPT_OUTCOMES:
             self._outcomes.popitem(last=False)

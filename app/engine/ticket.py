@@ -103,6 +103,7 @@ class Ticket:
         foreseen: seconds that it was to take when it was accepted, and what others add who were let in since.
         waiters: callers that wait for it.
         over: it has ended; its images get no further step.
+        images: until it has ended.
         place: in the queue, as last told to the listeners.
         pace: seconds for one more of its steps, lately.
     """
@@ -166,15 +167,12 @@ class Ticket:
 
     @property
     def steps_total(self) -> int:
-        return sum(image.steps for image in self.images)
+        requests = zip(self.requests, self.steps, strict=True)
+        return sum(steps * request.num_images_per_prompt for request, steps in requests)
 
     def drop_inputs(self) -> None:
         """Let go of the input images, once all pictures are painted: the answer needs none, and may be kept."""
-        if all(request.image is None for request in self.requests):
-            return
         self.requests = [replace(request, image=None, mask_image=None) for request in self.requests]
-        for image in self.images:
-            image.request = replace(image.request, image=None, mask_image=None)
 
     def stepped(self, steps: int, now: float) -> None:
         """Note that its images took so many steps together in one forward pass."""

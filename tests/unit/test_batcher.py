@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import gc
 import itertools
 import threading
 import time
@@ -406,3 +407,25 @@ def test_four_hundred_requests_with_cancels_all_end_exactly_once(harness: Callab
     finished = each.metric("sdxl_images_total")
     assert finished + each.metric("sdxl_cancelled_total") == 400
     each.assert_empty()
+
+
+@pytest.mark.parametrize("end", ["done", "cancelled"])
+def test_pictures_are_let_go_of_with_the_last_who_holds_them(harness: Callable[..., Harness], end: str) -> None:
+    """And not once Python looks for cycles, which it does by the number of objects, however large they are."""
+    each = harness(Slow())
+
+    def tickets() -> int:
+        return sum(type(thing) is Ticket for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        of_other_tests = tickets()
+        ticket = each.submit(num_images_per_prompt=3)
+        if end == "cancelled":
+            ticket.cancel()
+        concurrent.futures.wait([ticket.future], WAIT)
+        del ticket
+        until(lambda: tickets() <= of_other_tests, "the ticket stayed", WAIT)
+    finally:
+        gc.enable()

@@ -204,7 +204,7 @@ def test_two_sizes_that_need_the_same_wait_the_same() -> None:
     simulation.run()
     waits: dict[int | None, list[float]] = {16: [], 32: []}
     for ticket in tickets:
-        waits[ticket.images[0].request.width].append(ticket.last_step - ticket.accepted)
+        waits[ticket.requests[0].width].append(ticket.last_step - ticket.accepted)
     means = [sum(each) / len(each) for each in waits.values()]
     assert max(means) < 1.3 * min(means)
 
