@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from app.errors import InvalidRequest
 from app.generation import PARAMETERS, GenerateRequest, ImageFormat, Kind, Limits, Parameter, Pixels
-from app.sentences import describe
+from app.sentences import counted, describe
 
 ALIASES: Mapping[str, str] = MappingProxyType({"high_noise_frac": "denoising_limit"})
 """Other names that callers know a parameter by."""
@@ -260,7 +260,7 @@ def _check_schedule(request: GenerateRequest, name: str, spacings: Sequence[str]
     # As many as its numbers; where the last one is only where the steps lead to, one less.
     counts = (len(values), len(values) - 1) if name == "sigmas" else (len(values),)
     if request.num_inference_steps not in (None, *counts):
-        raise InvalidRequest(f"{name} has {len(values)} numbers, so leave num_inference_steps out.")
+        raise InvalidRequest(f"{name} has {counted(len(values), 'number')}, so leave num_inference_steps out.")
     others = [*spacings, *(["timestep_spacing"] if request.timestep_spacing is not None else [])]
     if others:
         raise InvalidRequest(f"{name} and {others[0]} contradict each other; give only one of them.")

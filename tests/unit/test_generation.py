@@ -132,6 +132,7 @@ def test_images_of_all_prompts_count_together() -> None:
         ({"sigmas": (2.0, 2.0)}, "sigmas must fall"),
         ({"timesteps": (2.5, 1.0)}, "timesteps must be whole numbers"),
         ({"sigmas": (2.0, 1.0), "num_inference_steps": 3}, "has 2 numbers, so leave num_inference_steps out"),
+        ({"timesteps": (999.0,), "num_inference_steps": 3}, "has 1 number, so leave num_inference_steps out"),
         ({"sigmas": (2.0, 1.0), "use_karras_sigmas": True}, "sigmas and use_karras_sigmas contradict"),
         ({"timesteps": (2.0, 1.0), "timestep_spacing": "leading"}, "timesteps and timestep_spacing contradict"),
         ({"max_sequence_length": 8}, "does not take max_sequence_length"),
