@@ -5,6 +5,7 @@ Nothing is fused and nothing reloaded for a request; jobs with the same adapters
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import warnings
@@ -101,8 +102,9 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         name, path, scale = parse_reference(reference)
         if name in scales:
             raise ModelLoadFailed(f"--lora names {name!r} twice; each adapter needs a name of its own.")
-        if path.is_dir():
-            path /= FILE
+        with contextlib.suppress(OSError):  # of a path that cannot be looked at, which the check tells
+            if path.is_dir():
+                path /= FILE
         _check_file(path)
         logger.info("loading the adapter %s from %s", name, path)
         try:
