@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 DISTRIBUTION = "sdxl-runtime"
 DEVICE_LOST = 3
 """Exit code of a process that only a new one can replace."""
+NO_SETTINGS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "OMP_NUM_THREADS", "SSL_CERT_DIR", "SSL_CERT_FILE"})
+"""Variables of libraries that look like misspelt settings."""
 
 
 def create_app(
@@ -234,12 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         3 when the device is lost and only a new process can use it.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    environment = frozenset(os.environ)
     surroundings.prepare()
     settings: Settings | None = None
     try:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
-        _hand_over(read_other_keys())
+        _hand_over(read_other_keys(), environment)
         compile_cache.keep(settings)
         ranks = find_ranks()
         if ranks is not None:
@@ -261,12 +264,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _hand_over(variables: Mapping[str, str]) -> None:
-    """Give libraries the variables that ``.env`` has for them; what the environment says stays."""
+def _hand_over(variables: Mapping[str, str], environment: Collection[str]) -> None:
+    """Give libraries the variables that ``.env`` has for them.
+
+    Args:
+        variables: by name.
+        environment: names of those that were set when the process began; these stay.
+    """
     settings = [name.upper() for name in Settings.model_fields]
     for name, value in variables.items():
-        os.environ.setdefault(name, value)
-        hint = nearest(name.upper(), settings)
+        if name not in environment:
+            os.environ[name] = value
+        hint = "" if name.upper() in NO_SETTINGS else nearest(name.upper(), settings)
         level = logging.WARNING if hint else logging.INFO
         logger.log(level, ".env has %s, which is no setting%s; libraries find it in the environment", name, hint)
 

@@ -432,14 +432,24 @@ def test_what_is_for_compiling_alone_is_told_where_nothing_is_compiled(
 def test_libraries_find_what_the_env_file_has_for_them_and_misspelt_settings_are_told(
     tmp_path: Path, without_torch: dict[str, str]
 ) -> None:
-    (tmp_path / ".env").write_text("MAX_STEP=7\nHF_HUB_OFFLINE=1\nHF_HOME=of-mine\nHF_TOKEN=hf_x\nMAX_SIDE=512\n")
+    lines = "MAX_STEP=7\nHF_HUB_OFFLINE=1\nHF_HOME=of-mine\nHF_TOKEN=hf_x\nMAX_SIDE=512\nHTTPS_PROXY=http://of-mine:1\n"
+    (tmp_path / ".env").write_text(lines)
     finished = serve(tmp_path, {"HF_HOME": "elsewhere", **without_torch}, "--model_id", "somebody/some-model")
     failed(finished, "is not in the cache", "HF_HUB_OFFLINE forbids to ask the hub")
     assert not (tmp_path / "of-mine").exists(), "the environment comes first"
     told = [line for line in finished.stderr.splitlines() if ".env has " in line]
-    assert [" WARNING " in line for line in told] == [True, False, False]
+    assert [" WARNING " in line for line in told] == [True, False, False, False]
     assert "MAX_STEP, which is no setting (did you mean 'MAX_STEPS'?)" in told[0]
+    assert "HTTPS_PROXY, which is no setting;" in told[3]
     assert "hf_x" not in finished.stderr and "of-mine" not in finished.stderr
+
+
+def test_what_the_env_file_has_for_torch_comes_before_what_the_server_chooses_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os\nprint(os.environ['GOMP_SPINCOUNT'], flush=True)\nos._exit(99)\n")
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), clean_environment()["PYTHONPATH"]])}
+    assert serve(tmp_path, env, "--model_id", "demo").stdout != "7\n"
+    (tmp_path / ".env").write_text("GOMP_SPINCOUNT=7\n")
+    assert serve(tmp_path, env, "--model_id", "demo").stdout == "7\n"
 
 
 # --- KServe's flags and the key, on a running server -----------------------------------------------------------
