@@ -146,7 +146,12 @@ class Queue:
             self._check_open()
             ticket = self._join(once, now) if once else None
             if ticket is None:
-                ticket = self._accept(Ticket(requests, steps, now, now + timeout, self), priority)
+                ticket = Ticket(requests, steps, now, now + timeout, self)
+                try:
+                    self._accept(ticket, priority)
+                except RuntimeFault:
+                    ticket.images.clear()  # as at the end of those that were accepted
+                    raise
                 if once:
                     self.answers.add(once, ticket)
             if ticket.over:
@@ -177,7 +182,7 @@ class Queue:
             self._telemetry.idempotent("replayed" if ticket.over else "joined")
         return ticket
 
-    def _accept(self, ticket: Ticket, priority: int) -> Ticket:
+    def _accept(self, ticket: Ticket, priority: int) -> None:
         now = ticket.accepted
         work = admission.schedule([ticket], self._costs)[ticket]  # of one device
         alone = self._schedule([ticket])[ticket]
@@ -199,7 +204,6 @@ class Queue:
         self._telemetry.pending.inc(len(ticket.images))
         self._telemetry.admitted_seconds.inc(work if self._costs.measured else 0.0)
         self._work_changed()
-        return ticket
 
     # --- The device's side -------------------------------------------------------------------------------------
 
