@@ -157,6 +157,7 @@ class Compiled:
         exact = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         if self._compiler.warming:
             self._mark(args, kwargs, rows)
+            self._recorded.discard(exact)  # memory may also end in the second run, which is the one that records
             result = self._run(args, kwargs)
             # Not before: where memory ends in between, a request would be the first to meet it, and record its graph.
             self._warm.add(shape)

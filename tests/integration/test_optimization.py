@@ -211,6 +211,26 @@ def test_what_memory_was_too_short_for_while_warming_is_not_left_for_a_request_t
     assert compiler.unexpected == 1
 
 
+def test_a_graph_whose_recording_memory_was_too_short_for_is_not_left_for_a_request_to_record() -> None:
+    compiler, sizes = Compiler("eager"), []
+
+    def compiled(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(torch._inductor.config.triton.cudagraph_capture_sizes)
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return rows * 2
+
+    run = Compiled(compiler, lambda rows: rows * 3, compiled, {}, graphs=True)
+    with torch.inference_mode():
+        with compiler.warm():
+            run(torch.ones(3, 4))
+            with pytest.raises(torch.OutOfMemoryError):
+                run(torch.ones(3, 4))
+        assert torch.equal(run(torch.ones(3, 4)), torch.full((3, 4), 2.0))
+    assert sizes == [None, None, ()]
+    assert compiler.unexpected == 0
+
+
 @pytest.mark.parametrize(("misses", "counted"), [(1, 0), (2, 0), (1000, 1)])
 def test_what_torch_takes_for_unfit_by_chance_is_tried_again(misses: int, counted: int) -> None:
     """As it does where two threads run what was compiled of one function."""
