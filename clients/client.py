@@ -41,9 +41,10 @@ class _Endpoint:
     ) -> None:
         try:
             parsed = httpx.URL(url)
-        except httpx.InvalidURL:
+            parsed.raw_host.decode("ascii").encode("idna")  # as sockets do; some names fit no resolver
+        except (httpx.InvalidURL, UnicodeError):
             parsed = httpx.URL("")
-        if parsed.scheme not in ("http", "https") or not parsed.host:
+        if parsed.scheme not in ("http", "https") or not parsed.raw_host:
             raise UnreachableError(f"{url!r} is no address of a server; it must be like http://localhost:8080.")
         self._place = f"{parsed.scheme}://{parsed.netloc.decode('ascii')}"
         self._model_path = f"/v2/models/{urllib.parse.quote(model, safe='')}"

@@ -507,7 +507,9 @@ def test_trouble_with_the_connection_is_one_sentence(ask: Ask, error: httpx.HTTP
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize("url", ["server:8080", "ftp://server", "http://", "http://server:port", "", "\0"])
+@pytest.mark.parametrize(
+    "url", ["server:8080", "ftp://server", "http://", "http://server:port", "http://a..b", "", "\0"]
+)
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_url_that_is_none_is_told_at_once(kind: type[Client] | type[AsyncClient], url: str) -> None:
     with pytest.raises(UnreachableError, match="must be like http://localhost:8080"):
