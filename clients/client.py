@@ -12,6 +12,7 @@ the server. Bodies are written in `inputs.py` and read in `answers.py`.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import urllib.parse
 from collections.abc import Sequence
@@ -229,7 +230,7 @@ class Client:
             if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
                 response.read()
                 return response
-            reader = StreamReader(call.on_step)
+            reader = StreamReader(call.on_step, call.timeout.read or math.inf)
             for data in response.iter_bytes():
                 reader.feed(data)
             return reader.finish()
@@ -320,7 +321,7 @@ class AsyncClient:
             if not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
                 await response.aread()
                 return response
-            reader = StreamReader(call.on_step)
+            reader = StreamReader(call.on_step, call.timeout.read or math.inf)
             async for data in response.aiter_bytes():
                 reader.feed(data)
             return reader.finish()

@@ -6,6 +6,8 @@ Source: the HTML standard, "Server-sent events".
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +25,22 @@ class StreamReader:
 
     Args:
         on_step: is told of each step.
+        timeout: seconds from now within which the answer must be there; events before it are none.
     """
 
     on_step: OnStep
+    timeout: float = math.inf
+    _begun: float = field(default_factory=time.monotonic)
     _response: httpx.Response | None = None
     _pending: list[bytes] = field(default_factory=list)
     _fields: dict[str, str] = field(default_factory=dict)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes, wherever they are cut."""
+        """Take the next bytes, wherever they are cut.
+
+        Raises:
+            httpx.ReadTimeout: the answer is not among them, and its time is over.
+        """
         *lines, rest = data.split(b"\n")
         if lines:
             # Put together once, however many pieces a line came in: that of a picture has megabytes.
@@ -40,6 +49,8 @@ class StreamReader:
         self._pending.append(rest)
         for line in lines:
             self._line(line.removesuffix(b"\r").decode("utf-8", "replace"))
+        if self._response is None and time.monotonic() - self._begun > self.timeout:
+            raise httpx.ReadTimeout("")
 
     def finish(self) -> httpx.Response:
         """The answer.

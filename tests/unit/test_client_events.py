@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -84,6 +85,25 @@ def test_an_error_is_the_servers_own_sentence_before_a_stream_and_in_it(ask: Ask
     assert later.value.status == 507
     with pytest.raises(ServerError, match="no such model"):
         ask(lambda _: httpx.Response(404, json={"error": "no such model"}), "generate", "p", on_step=lambda *_: None)
+
+
+def test_an_answer_is_waited_for_no_longer_while_its_steps_are_told(ask: Ask) -> None:  # noqa: F811
+    class Slow(httpx.SyncByteStream, httpx.AsyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            for step in range(1, 101):
+                time.sleep(0.01)
+                yield event("step", {"step": step, "steps": 100})
+            yield event("done", ANSWER)
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            for data in self:
+                yield data
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Slow(), headers={"Content-Type": "text/event-stream"})
+
+    with pytest.raises(UnreachableError, match=r"did not answer within 0\.1 seconds"):
+        ask(handler, "generate", "p", on_step=lambda *_: None, options={"timeout": 0.1})
 
 
 def test_a_stream_that_breaks_off_is_a_broken_connection(ask: Ask) -> None:  # noqa: F811
