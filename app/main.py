@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 DISTRIBUTION = "sdxl-runtime"
 DEVICE_LOST = 3
 """Exit code of a process that only a new one can replace."""
-NO_SETTINGS = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "OMP_NUM_THREADS", "SSL_CERT_DIR", "SSL_CERT_FILE"})
+NOT_MISSPELT = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "OMP_NUM_THREADS", "SSL_CERT_DIR", "SSL_CERT_FILE"})
 """Variables of libraries that look like misspelt settings."""
 
 
@@ -275,7 +275,7 @@ def _hand_over(variables: Mapping[str, str], environment: Collection[str]) -> No
     for name, value in variables.items():
         if name not in environment:
             os.environ[name] = value
-        hint = "" if name.upper() in NO_SETTINGS else nearest(name.upper(), settings)
+        hint = "" if name.upper() in NOT_MISSPELT else nearest(name.upper(), settings)
         level = logging.WARNING if hint else logging.INFO
         logger.log(level, ".env has %s, which is no setting%s; libraries find it in the environment", name, hint)
 
