@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -50,8 +51,8 @@ logger = logging.getLogger(__name__)
 DISTRIBUTION = "sdxl-runtime"
 DEVICE_LOST = 3
 """Exit code of a process that only a new one can replace."""
-NOT_MISSPELT = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "OMP_NUM_THREADS", "SSL_CERT_DIR", "SSL_CERT_FILE"})
-"""Variables of libraries that look like misspelt settings."""
+OF_LIBRARIES = re.compile("(HF|HUGGINGFACE_HUB|MKL|OMP|SSL_CERT|TRITON)_.+|HTTPS?_PROXY")
+"""Variables that look like misspelt settings, and are none."""
 
 
 def create_app(
@@ -275,7 +276,7 @@ def _hand_over(variables: Mapping[str, str], environment: Collection[str]) -> No
     for name, value in variables.items():
         if name not in environment:
             os.environ[name] = value
-        hint = "" if name.upper() in NOT_MISSPELT else nearest(name.upper(), settings)
+        hint = "" if OF_LIBRARIES.fullmatch(name.upper()) else nearest(name.upper(), settings)
         level = logging.WARNING if hint else logging.INFO
         logger.log(level, ".env has %s, which is no setting%s; libraries find it in the environment", name, hint)
 

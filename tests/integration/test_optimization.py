@@ -212,7 +212,8 @@ def test_what_memory_was_too_short_for_while_warming_is_not_left_for_a_request_t
 
 
 def test_a_graph_whose_recording_memory_was_too_short_for_is_not_left_for_a_request_to_record() -> None:
-    compiler, sizes = Compiler("eager"), []
+    compiler = Compiler("eager")
+    sizes: list[Any] = []
 
     def compiled(rows: torch.Tensor) -> torch.Tensor:
         sizes.append(torch._inductor.config.triton.cudagraph_capture_sizes)
