@@ -460,6 +460,8 @@ def _read_env_file(path: Path) -> Mapping[str, str]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidSettings(f"{path} cannot be read: {error}.") from None
+    if any("\0" in line.original.string for line in lines):
+        raise InvalidSettings(f"{path} cannot be read: it holds NUL characters, as UTF-16 does; save it as UTF-8.")
     # Whoever leaves out a line may leave out the key that callers need. It is not shown: it may be a secret.
     for line in lines:
         if line.error:

@@ -22,6 +22,14 @@ def load(*arguments: str, env: dict[str, str] | None = None, env_file: Path = NO
 # --- The .env file ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_an_env_file_in_utf_16_is_not_read_as_one_without_the_key(tmp_path: Path, encoding: str) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("API_KEY=secret\n", encoding=encoding)
+    with pytest.raises(InvalidSettings, match=r"\.env cannot be read"):
+        load(env_file=env_file)
+
+
 @pytest.mark.parametrize(
     "line", ['API_KEY="open', "API_KEY='it's'", 'API_KEY="a"b"', "API_KEY: geheim", "API_KEY geheim"]
 )
