@@ -85,7 +85,7 @@ class Settings(BaseModel):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?|enable_(model_cpu|sequential_cpu|group)_offload)$",
+        pattern=r"^(auto|cpu|cuda(:(0|[1-9]\d?))?|enable_(model_cpu|sequential_cpu|group)_offload)$",
         description="Where the model runs: auto (a GPU if there is one), cpu, cuda, cuda:N, or on a GPU that is too "
         "small for it: enable_model_cpu_offload, enable_sequential_cpu_offload, enable_group_offload.",
     )

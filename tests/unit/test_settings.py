@@ -160,6 +160,7 @@ def test_several_values_are_given_as_people_give_them(arguments: list[str]) -> N
         ("--quantization", "int3", "must be one of none, fp8, int8, nf4"),
         ("--device", "gpu", "--device is 'gpu'"),
         ("--device", "enable_offload", "--device is 'enable_offload'"),
+        ("--device", "cuda:256", "--device is 'cuda:256'"),
         ("--use_refiner", "perhaps", "must be true or false"),
         ("--max_input_pixels", "63", "--max_input_pixels is '63'"),
         ("--vae_tilling", "true", "did you mean '--vae_tiling'?"),
