@@ -289,6 +289,13 @@ class Settings(BaseModel):
             raise ValueError("it must not contain '/', or no path would lead to the model")
         return name
 
+    @field_validator("api_key", "huggingface_token")
+    @classmethod
+    def _secret_fits_into_a_header(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and not secret.get_secret_value().isprintable():
+            raise ValueError("must be one line of printable characters, or no request could carry it")
+        return secret
+
     @field_validator("warm_sizes")
     @classmethod
     def _sizes_are_read(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
