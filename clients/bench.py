@@ -13,6 +13,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import math
 import random
 import statistics
 import time
@@ -120,7 +121,7 @@ class Generator:
             "base_url": url,
             "timeout": timeout,
             "limits": httpx.Limits(max_connections=None),
-            "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
+            "headers": {"Authorization": f"Bearer {api_key}".encode()} if api_key else {},
         }
 
     async def closed(self, clients: int, seconds: float, mix: Mix) -> Load:
@@ -197,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--api_key")
     loop = parser.add_mutually_exclusive_group()
     loop.add_argument("--clients", type=int, default=8, help="closed loop: callers with one request each")
-    loop.add_argument("--rate", type=float, help="open loop: requests a second on average")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long to send requests")
+    loop.add_argument("--rate", type=positive, help="open loop: requests a second on average")
+    parser.add_argument("--seconds", type=positive, default=30.0, help="how long to send requests")
     parser.add_argument("--steps", type=int, nargs=2, default=(10, 30), help="fewest and most denoising steps")
     parser.add_argument("--slo", type=float, default=10.0, help="seconds within which a picture is in time")
     parser.add_argument("--seed", type=int, default=0)
@@ -219,6 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.plot is not None:
         plot({"this run": load}, given.plot)
     return 0 if load.latencies else 1
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
 
 
 def plot(loads: dict[str, Load], path: Path) -> None:

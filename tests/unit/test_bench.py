@@ -133,9 +133,20 @@ def test_percentiles_of_few_values(values: list[float], expected: float | None) 
 async def test_the_command_line_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.svg")]
     async with serving(Scripted([200])) as url:
-        code = await asyncio.to_thread(main, ["--url", url, "--seconds", "0.2", "--clients", "2", *files])
+        asked = ["--url", url, "--api_key", "schlüssel", "--seconds", "0.2", "--clients", "2", *files]
+        code = await asyncio.to_thread(main, asked)
     assert code == 0
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["summary"] == json.loads(capsys.readouterr().out)
     assert len(written["latencies"]) == written["summary"]["pictures"] > 0
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "inf"])
+@pytest.mark.parametrize("flag", ["--rate", "--seconds"])
+def test_a_run_that_would_not_begin_or_not_end_is_refused(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--url", "http://127.0.0.1:9", flag, value])
+    assert "must be a number above 0" in capsys.readouterr().err
