@@ -16,8 +16,10 @@ def main() -> int:
 
         return health.main(sys.argv[2:])
 
-    # Until the server has a handler of its own. As the first process of a container it would miss the signal otherwise.
+    # Until the server has handlers of its own. The first process of a container would miss them otherwise, and Ctrl-C
+    # would show a traceback.
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
     from app.start import importing
 
     with importing("fastapi"):

@@ -99,11 +99,12 @@ def test_a_library_that_cannot_be_imported_leaves_the_search_for_garbage_on() ->
     gc.unfreeze()
 
 
-def test_a_signal_is_heard_while_the_command_is_imported() -> None:
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_heard_while_the_command_is_imported(number: str) -> None:
     """The first process of a container would miss it otherwise, and be killed after the grace period."""
     code = (
         "import os, signal, sys, app.start, app.__main__\n"
-        "def importing(library): os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"def importing(library): os.kill(os.getpid(), signal.{number})\n"
         "app.start.importing, sys.argv = importing, ['sdxl-runtime', '--model_id', 'demo']\n"
         "sys.exit(app.__main__.main())"
     )
