@@ -67,8 +67,8 @@ def read_certificate(certfile: Path, keyfile: Path) -> ssl.SSLContext:
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise InvalidSettings(
-                f"--ssl_keyfile is {keyfile}, which is not the key of the certificate in {certfile}; name the two that "
-                "belong together."
+                f"--ssl_keyfile is {keyfile}, which is not the key of the first certificate in {certfile}; name the "
+                "two that belong together, the server's own certificate before those that lead to its root."
             ) from None
         # Also certificates that are too weak for this OpenSSL are refused here.
         reason = (error.reason or "unknown").lower().replace("_", " ")

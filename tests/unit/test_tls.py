@@ -90,7 +90,15 @@ def test_a_damaged_key_is_told_so(pair: tuple[Path, Path], tmp_path: Path) -> No
 
 def test_the_key_of_another_certificate_is_told_so(pair: tuple[Path, Path], tmp_path: Path) -> None:
     _, key = make_certificate(tmp_path)
-    assert f"--ssl_keyfile is {key}, which is not the key of the certificate in {pair[0]}" in complaint(pair[0], key)
+    says = f"--ssl_keyfile is {key}, which is not the key of the first certificate in {pair[0]}"
+    assert says in complaint(pair[0], key)
+
+
+def test_certificates_in_the_wrong_order_are_told_how_they_belong(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    root, _ = make_certificate(tmp_path)
+    chain = tmp_path / "chain.crt"
+    chain.write_text(root.read_text() + pair[0].read_text())
+    assert "the server's own certificate before those that lead to its root" in complaint(chain, pair[1])
 
 
 def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
