@@ -271,8 +271,6 @@ class Queue:
                 self.waiting[:] = [image for image in self.waiting if image.ticket is not ticket]
             self._telemetry.pending.dec(len(waiting))
             self._telemetry.running.dec(len(ticket.images) - len(waiting))
-            for image in ticket.images:
-                image.stage = Stage.OVER
             self._learn(ticket, fault)
             if fault is None:
                 ticket.drop_inputs()

@@ -38,7 +38,6 @@ class Stage(enum.Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
-    OVER = "over"
 
 
 class Keeper(Protocol):
