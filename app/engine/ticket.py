@@ -79,7 +79,7 @@ class Image:
     @property
     def remaining(self) -> int:
         """Denoising steps that it still needs."""
-        return 0 if self.pixels else self.steps - self.steps_done
+        return self.steps - self.steps_done
 
     @property
     def size(self) -> int:

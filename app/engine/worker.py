@@ -143,7 +143,7 @@ class Worker:
         queue = self._queue
         with queue.condition:
             while not queue.broken:
-                if self.running or (queue.waiting and not self._peer_has_less()):
+                if self.running or queue.waiting:
                     return True
                 if queue.closing and not queue.tickets:
                     return False
