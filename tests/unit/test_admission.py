@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -16,8 +16,8 @@ from app.engine.idempotency import MAX_KEYS, Answers, Once
 from app.engine.queue import KEPT_OUTCOMES, RequestState
 from app.engine.ticket import Image, Ticket
 from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
-from app.generation import GenerateRequest, Pixels, Preview, Progress
-from tests.fakes import Clock, FakeJob, Instant, RunsAhead, Timed, WholeJobs
+from app.generation import GenerateRequest, Pixels, Preview, PreviewKind, PreviewWish, Progress
+from tests.fakes import Clock, FakeJob, Instant, Previews, RunsAhead, Timed, WholeJobs
 from tests.simulation import Simulation, places_taken
 
 
@@ -74,6 +74,26 @@ def test_the_first_picture_counts_the_rows_that_it_has_and_not_those_that_guidan
     simulation = Simulation(Distilled(clock), clock=clock)
     simulation.workers[0].load(warm_up=True)
     assert simulation.costs.step(16 * 16, 1) == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(("longer", "pictures"), [(6.0, 2), (10.0, 1)])
+def test_first_times_are_not_taken_for_what_pictures_take_unless_nobody_would_wait_for_another(
+    longer: float, pictures: int
+) -> None:
+    class Compiles(Timed):
+        """Its first step takes longer."""
+
+        def step(self, jobs: Sequence[FakeJob]) -> None:
+            self.clock.now += 0 if self.passes else longer
+            super().step(jobs)
+
+    clock = Clock()
+    family = Compiles(clock)
+    simulation = Simulation(family, clock=clock)
+    simulation.workers[0].load(warm_up=True)
+    assert len(family.began) == pictures
+    if pictures == 2:
+        assert simulation.costs.step(16 * 16, 2) == pytest.approx(1.2)
 
 
 def test_a_line_forgets_what_was_long_ago() -> None:
@@ -143,6 +163,10 @@ def test_what_comes_before_the_first_step_is_known_too() -> None:
     """As an image to start from, which is encoded there."""
 
     class BeginsSlowly(Timed):
+        def encode(self, request: GenerateRequest) -> int:
+            self.clock.now += 3.0
+            return super().encode(request)
+
         def begin(self, *given: Any) -> FakeJob:
             self.clock.now += 2.0
             return super().begin(*given)
@@ -153,7 +177,7 @@ def test_what_comes_before_the_first_step_is_known_too() -> None:
         simulation.submit(num_inference_steps=10)
         started, estimate = clock.now, simulation.queue.seconds()
         simulation.run()
-    assert clock.now - started == pytest.approx(estimate) == pytest.approx(2.0 + 10 * 1.1 + 0.5)
+    assert clock.now - started == pytest.approx(estimate) == pytest.approx(3.0 + 2.0 + 10 * 1.1 + 0.5)
 
 
 # --- Places and seconds ----------------------------------------------------------------------------------------
@@ -357,12 +381,19 @@ def test_listeners_hear_of_their_place_as_it_changes_and_of_every_step() -> None
     simulation.run()
     news = [each for each in heard if isinstance(each, Progress)]
     places = [each.place for each in news]
-    assert places == sorted(places, reverse=True) and places[0] >= 1
+    assert [place for place in places if place] == [3, 2, 1]
     assert [each.steps_done for each in news if not each.place] == [1, 2, 3]
     seconds = [each.seconds for each in news]
     assert all(each is not None for each in seconds)
     assert seconds[0] == pytest.approx(3 * 3 * 1.1 + 3 * 0.5, rel=0.2)
     assert seconds == sorted(seconds, reverse=True)  # type: ignore[type-var]
+
+
+def test_the_wait_in_the_queue_is_until_the_first_of_several_images_begins() -> None:
+    simulation, _ = measured(max_batch_size=1)
+    ticket = simulation.submit(num_images_per_prompt=2)
+    simulation.run()
+    assert ticket.future.result(0).timings.queue == 0
 
 
 def test_a_request_can_be_asked_about_from_its_place_to_its_end() -> None:
@@ -379,6 +410,48 @@ def test_a_request_can_be_asked_about_from_its_place_to_its_end() -> None:
     assert simulation.queue.status("second").steps_done == 4
     with pytest.raises(RequestNotFound):
         simulation.queue.status("third")
+
+
+def test_a_request_runs_once_one_of_its_images_has_begun() -> None:
+    simulation, _ = measured(max_batch_size=1)
+    simulation.submit(request_id="two", num_inference_steps=3, num_images_per_prompt=2)
+    simulation.turn()
+    status = simulation.queue.status("two")
+    assert (status.state, status.place, status.steps_done) == (RequestState.RUNNING, 0, 1)
+
+
+def test_what_is_left_of_a_request_is_told_by_its_own_pace_from_its_second_step_on() -> None:
+    clock = Clock()
+    simulation = Simulation(Timed(clock), clock=clock)
+    simulation.submit(request_id="first of all", num_inference_steps=10)
+    simulation.turn(2)
+    assert simulation.queue.status("first of all").seconds == pytest.approx(8 * 1.1)
+
+
+def test_a_listener_that_fails_hears_no_more_and_the_others_hear_all(caplog: pytest.LogCaptureFixture) -> None:
+    simulation, _ = measured()
+    heard: list[Progress | Preview] = []
+
+    def fails(_: Progress | Preview) -> None:
+        raise ZeroDivisionError
+
+    ticket = simulation.submit(num_inference_steps=3)
+    ticket.listeners.extend([fails, heard.append])
+    simulation.run()
+    assert [news.steps_done for news in heard if isinstance(news, Progress)] == [1, 2, 3]
+    assert caplog.text.count("a listener failed") == 1
+    assert ticket.future.result(0).images
+
+
+def test_whoever_waits_is_told_less_as_those_before_are_painted() -> None:
+    simulation, _ = measured(max_batch_size=1)
+    simulation.submit(num_inference_steps=20)
+    simulation.submit(num_inference_steps=20, request_id="waits")
+    told = []
+    for _ in range(5):
+        simulation.turn()
+        told.append(simulation.queue.status("waits").seconds or 0.0)
+    assert told == sorted(set(told), reverse=True)
 
 
 def test_a_request_is_cancelled_by_its_id_and_forgotten() -> None:
@@ -470,6 +543,16 @@ def test_whoever_joins_leaves_the_first_caller_its_id() -> None:
         simulation.submit(once=ONCE, request_id=name)
     assert simulation.queue.status("first") == simulation.queue.status("second")
     assert simulation.queue.cancel("first").state is RequestState.CANCELLED
+    assert simulation.queue.status("second").state is RequestState.CANCELLED
+
+
+def test_whoever_joins_without_previews_leaves_the_first_caller_its_own() -> None:
+    simulation = Simulation(Previews())
+    wish = PreviewWish(PreviewKind.LATENTS, 1)
+    simulation.submit(once=ONCE, num_inference_steps=3, listener=lambda _: None, preview=wish)
+    simulation.submit(once=ONCE, num_inference_steps=3)
+    simulation.run()
+    assert simulation.finisher.shown == [(0, 1), (0, 2)]
 
 
 def test_a_key_that_came_with_another_request_is_refused() -> None:
@@ -607,6 +690,18 @@ def test_several_devices_do_not_make_one_picture_faster_than_it_is(devices: int)
     assert ticket.foreseen == pytest.approx(clock() - began, rel=0.05)
 
 
+def test_what_several_devices_do_in_time_together_is_let_in_though_one_could_not() -> None:
+    clock = Clock()
+    simulation = Simulation(*(Timed(clock) for _ in range(4)), clock=clock, max_batch_size=1)
+    simulation.submit()
+    simulation.run()
+    one = simulation.submit(num_inference_steps=10).foreseen
+    simulation.run()
+    simulation.submit(num_inference_steps=1)
+    ticket = simulation.submit(num_inference_steps=10, num_images_per_prompt=4, timeout=3.5 * one)
+    assert ticket.foreseen < 1.4 * one
+
+
 def test_requests_with_other_adapters_are_foreseen_to_share_no_pass() -> None:
     def foreseen(*loras: tuple[tuple[str, float], ...] | None) -> float:
         simulation, _ = measured()
@@ -635,3 +730,14 @@ def test_a_family_that_moves_its_weights_does_whole_jobs_and_gives_the_same_pict
         "the late one joined before the first ones were done"
     )
     assert len(moves) == 3 + 1 + 3
+
+
+def test_a_family_that_moves_its_weights_moves_none_for_who_is_more_urgent() -> None:
+    clock = Clock()
+    family = WholeJobs(clock)
+    simulation = Simulation(family, clock=clock)
+    for width, steps in ((16, 2), (32, 4), (16, 10)):
+        simulation.submit(width=width, num_inference_steps=steps)
+    simulation.run()
+    steps = [stage for stage in family.stages if stage.startswith("step")]
+    assert steps == ["step (16, 16)"] * 10 + ["step (16, 32)"] * 4

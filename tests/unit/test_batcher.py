@@ -315,6 +315,30 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(harness: Callable[
     assert not each.batcher.alive
 
 
+def test_closing_waits_for_every_picture_that_is_painted_and_not_encoded_yet(
+    harness: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = {1: threading.Event(), 2: threading.Event()}
+
+    def encode(_: object, __: object, seed: int, ___: object) -> bytes:
+        assert may_end[seed].wait(WAIT)
+        return b"file"
+
+    monkeypatch.setattr("app.engine.finishing.encode_image", encode)
+    each = harness(Instant())
+    first, second = each.submit(seed=1), each.submit(seed=2)
+    eventually(lambda: first.waiting is second.waiting is False and not each.batcher.workers[0].running)
+    closer = threading.Thread(target=each.batcher.close, args=(WAIT,))
+    closer.start()
+    eventually(lambda: each.batcher.queue.closing)
+    may_end[1].set()
+    assert first.future.result(WAIT).images
+    assert not concurrent.futures.wait([second.future], 0.1).done
+    may_end[2].set()
+    assert second.future.result(WAIT).images
+    closer.join(WAIT)
+
+
 @pytest.mark.parametrize("grace", [0.05, 3600.0], ids=["in time", "before somebody is in a hurry"])
 def test_closing_ends_what_does_not_finish(grace: float, harness: Callable[..., Harness]) -> None:
     each = harness(Slow())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from app.engine import memory
 from app.engine.batcher import Batcher
 from app.engine.family import Family
 from app.engine.faults import as_fault
@@ -89,6 +90,30 @@ def test_after_a_while_a_little_more_is_tried_because_memory_may_be_free_again()
     assert budget.now == 1000
 
 
+def test_pictures_that_did_not_fit_together_are_not_decoded_so_again() -> None:
+    family = Cramped(decode=3 * SMALL)
+    simulation = Simulation(family)
+    for _ in range(2):
+        for seed in range(8):
+            simulation.submit(seed=seed)
+        simulation.run()
+    failed = [pixels for tried, pixels in family.tried if tried == "decode" and pixels > 3 * SMALL]
+    assert failed == [8 * SMALL, 4 * SMALL]
+
+
+@pytest.mark.parametrize("stage", ["step", "decode"])
+def test_memory_that_is_free_again_is_used_again(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CAREFUL_PASSES", 2)
+    family = Cramped(**{stage: 3 * SMALL})
+    simulation = Simulation(family)
+    for _ in range(20):
+        for seed in range(8):
+            simulation.submit(seed=seed)
+        simulation.run()
+        family.room.clear()
+    assert [pixels for tried, pixels in family.tried if tried == stage][-1] == 8 * SMALL
+
+
 def test_a_picture_that_cannot_be_decoded_whole_is_decoded_in_tiles() -> None:
     family = Cramped(decode=SMALL)
     simulation = Simulation(family)
@@ -157,12 +182,12 @@ def test_memory_that_is_short_once_costs_nothing_but_a_second_try() -> None:
 def test_those_who_took_the_step_before_it_failed_do_not_take_it_twice() -> None:
     family = StopsHalfway()
     simulation = Simulation(family)
-    tickets = [simulation.submit(seed=seed, num_inference_steps=3 + seed) for seed in range(4)]
+    tickets = [simulation.submit(seed=seed, num_inference_steps=1 + seed) for seed in range(4)]
     simulation.run()
     assert [colour(ticket) for ticket in tickets] == [ord("p") + seed for seed in range(4)]
     steps = [seed for seeds in family.passes for seed in seeds]
-    assert [steps.count(seed) for seed in range(4)] == [3, 4, 5, 6]
-    assert simulation.metric("sdxl_steps_total") == 18
+    assert [steps.count(seed) for seed in range(4)] == [1, 2, 3, 4]
+    assert simulation.metric("sdxl_steps_total") == 10
 
 
 def test_a_request_that_fails_is_one_line_in_the_log_with_its_id_and_the_reason(
@@ -225,7 +250,7 @@ def test_nothing_of_a_failed_request_stays_in_memory(stage: str) -> None:
 def test_pictures_decoded_twice_are_counted() -> None:
     simulation = Simulation(DecodesTwice())
     for seed in range(3):
-        simulation.submit(seed=seed)
+        simulation.submit(seed=seed, num_inference_steps=2 + seed)
     simulation.run()
     assert simulation.metric("sdxl_decode_retries_total") == 3
 

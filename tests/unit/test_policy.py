@@ -10,7 +10,7 @@ import pytest
 
 from app.engine import policy
 from app.engine.ticket import Ticket
-from app.generation import GenerateRequest
+from app.generation import GenerateRequest, Preview, Progress
 from tests.fakes import Clock, StopsGuiding, Timed
 from tests.simulation import Simulation
 
@@ -124,6 +124,17 @@ def test_whoever_is_being_painted_waits_for_one_prompt_at_most_between_two_steps
         simulation.turn()
         assert len(family.read) == 1 + read and running.steps_done == steps + 1
         assert clock.now - before <= family.reading + family.fixed + 8 * family.per_row
+
+
+def test_whoever_waits_hears_of_its_place_as_others_begin_though_nobody_has_ended() -> None:
+    clock = Clock()
+    simulation = Simulation(Wordy(clock), clock=clock)
+    heard: list[Progress | Preview] = []
+    for _ in range(2):
+        simulation.submit("long", num_inference_steps=50)
+    simulation.submit("long", num_inference_steps=50, listener=heard.append)
+    simulation.turn(2)
+    assert [news.place for news in heard if isinstance(news, Progress)] == [3, 2, 1]
 
 
 def test_prompts_that_are_read_in_no_time_all_join_the_same_pass() -> None:
