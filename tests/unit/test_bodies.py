@@ -91,6 +91,36 @@ async def test_whoever_leaves_while_waiting_takes_no_room() -> None:
         await hold(stack, all_, AT_A_TIME)
 
 
+async def test_whoever_leaves_as_its_turn_comes_gives_its_room_back() -> None:
+    all_ = bodies(timeout=5)
+    stack = AsyncExitStack()
+    await hold(stack, all_, AT_A_TIME)
+    gone = [asyncio.create_task(read(all_, Sender(LIMIT).send(LIMIT))) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    await stack.aclose()
+    for task in gone:
+        task.cancel()
+    await asyncio.wait(gone)
+    assert all(task.cancelled() for task in gone)
+    async with AsyncExitStack() as stack:
+        await hold(stack, all_, AT_A_TIME)
+
+
+async def test_where_one_that_finds_no_room_leaves_those_behind_it_that_do_come_in() -> None:
+    all_ = bodies()
+    packed = gzip.compress(bytes(LIMIT))
+    async with AsyncExitStack() as stack:
+        await hold(stack, all_, AT_A_TIME - 1)
+        large = asyncio.create_task(read(all_, Sender(len(packed), packed).send(0)))
+        await asyncio.sleep(0.05)
+        behind = asyncio.create_task(read(all_, Sender(LIMIT).send(LIMIT)))
+        await asyncio.sleep(0.05)
+        assert not large.done() and not behind.done()
+        large.cancel()
+        async with asyncio.timeout(5):
+            assert await behind == LIMIT
+
+
 async def test_who_sends_slowly_holds_nothing_until_much_of_it_is_here() -> None:
     all_ = bodies()
     slow = [Sender(LIMIT).send(1000, more=True) for _ in range(2 * AT_A_TIME)]
