@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from app.engine import admission
+from app.engine.admission import FIRST_CAUTION, MOST_CAUTION, Caution
 from app.engine.costs import MAX_SIZES, Costs, Line
 from app.engine.idempotency import MAX_KEYS, Answers, Once
 from app.engine.queue import KEPT_OUTCOMES, RequestState
@@ -276,6 +277,24 @@ def test_nobody_is_let_in_who_would_make_another_one_late() -> None:
     assert promised.future.exception(0) is None
 
 
+@pytest.mark.parametrize(
+    ("steps", "stalled", "priority"),
+    [(10, 17.0, 9), (100, 0.0, 1)],
+    ids=["who comes after it", "where it will be late in any case"],
+)
+def test_nobody_is_refused_for_one_whom_it_does_not_make_late(steps: int, stalled: float, priority: int) -> None:
+    simulation, _ = measured(max_batch_size=1)
+    simulation.submit(num_inference_steps=steps, timeout=36.0)
+    simulation.clock.now += stalled
+    assert simulation.submit(num_inference_steps=5, priority=priority) in simulation.queue.tickets
+
+
+def test_what_shares_no_pass_for_its_pixels_is_foreseen_one_after_the_other() -> None:
+    simulation, _ = measured(max_batch_pixels=16 * 16)
+    first, second = (simulation.submit(seed=seed, num_inference_steps=10) for seed in range(2))
+    assert second.foreseen == pytest.approx(2 * first.foreseen, rel=0.05)
+
+
 def overload(simulation: Simulation, family: Timed, seed: int, slowdown: float) -> tuple[int, int]:
     """Three times too many requests with deadlines, on a device that is slower for 40 of every 240 seconds.
 
@@ -344,6 +363,14 @@ def test_promises_are_kept_more_carefully_where_they_were_broken_until_that_is_l
     assert not promises(simulation, 125.0) and promises(simulation, 190.0)
     simulation.clock.now += 4 * 3600
     assert promises(simulation, 75.0)
+
+
+def test_one_long_stall_or_one_odd_moment_is_no_reason_to_refuse_nearly_all() -> None:
+    caution = Caution(0.0)
+    caution.learn(0.1, 10.0, 0.0)
+    assert caution.now(0.0) == FIRST_CAUTION
+    caution.learn(10.0, 1000.0, 0.0)
+    assert caution.now(0.0) == MOST_CAUTION
 
 
 def test_a_deadline_that_was_missed_is_a_reason_for_care() -> None:
@@ -605,7 +632,7 @@ def test_answers_are_kept_within_bounds() -> None:
         ticket = Ticket(
             [GenerateRequest(prompt="", seed=0, num_inference_steps=1, height=8, width=8)], [1], 0, 1, simulation.queue
         )
-        ticket.images[0].encoded = bytes(1000)
+        ticket.images[0].encoded, ticket.images[0].pixels = bytes(500), Pixels(bytes(500), 10, 10)
         answers.add(Once(str(number), b""), ticket)
         answers.ended(ticket, True, 0.0)
         assert answers.size <= 100_000 and len(answers) <= 100
@@ -736,8 +763,8 @@ def test_a_family_that_moves_its_weights_moves_none_for_who_is_more_urgent() -> 
     clock = Clock()
     family = WholeJobs(clock)
     simulation = Simulation(family, clock=clock)
-    for width, steps in ((16, 2), (32, 4), (16, 10)):
-        simulation.submit(width=width, num_inference_steps=steps)
+    for width, count in ((16, 2), (32, 4), (16, 10)):
+        simulation.submit(width=width, num_inference_steps=count)
     simulation.run()
     steps = [stage for stage in family.stages if stage.startswith("step")]
     assert steps == ["step (16, 16)"] * 10 + ["step (16, 32)"] * 4
