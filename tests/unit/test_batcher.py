@@ -368,6 +368,15 @@ def test_previews_that_come_faster_than_they_are_encoded_are_left_out_and_counte
     assert counts == [0, 3]
 
 
+def test_previews_are_shown_however_many_there_were_before(harness: Callable[..., Harness]) -> None:
+    each = harness(Previews())
+    for seed in range(2 * finishing.PREVIEWS_AT_ONCE):
+        request = each.family.resolve(GenerateRequest(prompt="p", seed=seed, num_inference_steps=2))
+        wish = PreviewWish(PreviewKind.LATENTS, 1)
+        each.batcher.submit([request], WAIT, lambda _: None, preview=wish).future.result(WAIT)
+    assert each.metric("sdxl_previews_total", outcome="shown") == 2 * finishing.PREVIEWS_AT_ONCE
+
+
 def test_a_preview_that_is_made_while_the_server_ends_is_nobodys_and_does_no_harm(
     harness: Callable[..., Harness], caplog: pytest.LogCaptureFixture
 ) -> None:
