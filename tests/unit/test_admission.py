@@ -405,6 +405,8 @@ def test_listeners_hear_of_their_place_as_it_changes_and_of_every_step() -> None
         simulation.submit(seed=seed, num_inference_steps=3)
     heard: list[Progress | Preview] = []
     simulation.submit(num_inference_steps=3, seed=9, listener=heard.append)
+    simulation.turn()
+    simulation.submit(num_inference_steps=3, seed=10)
     simulation.run()
     news = [each for each in heard if isinstance(each, Progress)]
     places = [each.place for each in news]
