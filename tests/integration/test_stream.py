@@ -340,9 +340,10 @@ async def test_a_deadline_ends_a_stream_too() -> None:
         assert name == "error" and data["status"] == 504
 
 
-async def test_proxies_hear_that_the_server_is_still_there() -> None:
+async def test_proxies_hear_that_the_server_is_still_there_and_nothing_goes_on_after_the_end() -> None:
     family = Gated()
     async with running(family, heartbeat_seconds=0.01) as server:
+        tasks = asyncio.all_tasks()
         stream = server.stream({"prompt": "p"})
         await stream.start()
         assert (await stream.event() or ("",))[0] == "queued"
@@ -352,6 +353,8 @@ async def test_proxies_hear_that_the_server_is_still_there() -> None:
         family.permit(100)
         assert (await next_event or ("",))[0] == "step"
         await stream.events()
+        await asyncio.sleep(0.01)
+        assert asyncio.all_tasks() <= tasks
 
 
 async def test_a_client_that_hangs_up_cancels_its_request_and_its_neighbour_gets_the_picture() -> None:

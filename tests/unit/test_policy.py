@@ -259,7 +259,7 @@ def test_one_image_goes_however_few_rows_a_pass_may_have() -> None:
 
 
 def test_a_pass_has_at_most_so_many_pixels_times_rows() -> None:
-    simulation, family = timed(max_batch_size=100, max_batch_pixels=16 * 16 * 2 * 3)
+    simulation, family = timed(max_batch_size=100, max_batch_pixels=16 * 16 * (2 * 3 + 1))
     for seed in range(10):
         simulation.submit(seed=seed, guidance_scale=5.0)
     simulation.submit(seed=99, guidance_scale=5.0, height=512, width=512)
