@@ -11,7 +11,7 @@ import pytest
 from fastapi import Request
 
 from app.api.bodies import AT_A_TIME, Bodies
-from app.errors import BodyTooSlow, Overloaded
+from app.errors import BodyTooLarge, BodyTooSlow, Overloaded
 from app.settings import Settings
 
 LIMIT = 1_000_000
@@ -119,6 +119,13 @@ async def test_where_one_that_finds_no_room_leaves_those_behind_it_that_do_come_
         large.cancel()
         async with asyncio.timeout(5):
             assert await behind == LIMIT
+
+
+async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes() -> None:
+    all_ = bodies()
+    async with asyncio.timeout(5):
+        with pytest.raises(BodyTooLarge, match=f"more than {LIMIT} bytes"):
+            await read(all_, Sender(LIMIT + 1))
 
 
 async def test_who_sends_slowly_holds_nothing_until_much_of_it_is_here() -> None:
