@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -193,6 +194,22 @@ def test_where_the_hubs_other_storage_is_out_of_reach_the_files_come_without_it(
     assert (fetch(hub, tmp_path) / UNET).stat().st_size == (DEMO / UNET).stat().st_size
     assert any(path.startswith("/xet/") for _, path, _ in hub.requests)
     assert "the hub's Xet storage failed" in caplog.text
+
+
+def test_what_fails_without_the_hubs_other_storage_too_is_not_tried_for_ever(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    tries: list[str] = []
+
+    def fails(name: str, **_: Any) -> str:
+        tries.append(name)
+        raise RuntimeError("no storage") if len(tries) < 9 else AssertionError("it is tried for ever")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(RuntimeError, match="no storage"):
+        fetch(serve(), tmp_path)
+    assert len(tries) == 2
 
 
 def test_signed_addresses_of_files_are_never_logged(
