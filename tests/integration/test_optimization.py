@@ -32,6 +32,7 @@ from app.engine.merged_adapters import MergedAdapters
 from app.engine.optimization import OFF, Optimization, choose_optimization
 from app.engine.placement import Placement
 from app.engine.sdxl import SdxlFamily
+from app.engine.step_cache import plan
 from app.engine.weights import DEMO_WEIGHTS, load_family
 from app.errors import InvalidRequest, ModelLoadFailed, OutOfMemory
 from app.generation import GenerateRequest
@@ -743,6 +744,12 @@ def test_short_runs_leave_no_step_out(steps: int) -> None:
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": steps, "seed": 5}
     assert np.array_equal(ours(family, **asked), ours(off, **asked))
     assert family.lossy(family.resolve(GenerateRequest(**asked))) == ()
+
+
+def test_steps_without_blocks_are_planned_where_a_timestep_comes_twice() -> None:
+    twice = [1000, 900, 900, 800, 800, 700, 700, 600, 600, 500, 500, 400]
+    reach = plan(twice, 3)
+    assert reach == (None, None, None, 0.0, 0.0, None, 0.0, 0.5, None, 1.0, 1.0, None)
 
 
 def test_steps_without_blocks_do_not_depend_on_company() -> None:

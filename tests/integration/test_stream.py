@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -322,13 +323,17 @@ async def test_a_full_queue_refuses_a_stream_as_it_refuses_infer() -> None:
         (Dies(), {"prompt": "p"}, 500, "generation_failed"),
     ],
 )
-async def test_what_goes_wrong_later_is_the_last_event(family: Any, body: Any, status: int, code: str) -> None:
+async def test_what_goes_wrong_later_is_the_last_event_and_the_status_in_the_log(
+    family: Any, body: Any, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     async with running(family) as server:
         stream = server.stream(body)
         assert (await stream.start())[0] == 200
         name, data = (await stream.events())[-1]
         assert name == "error" and (data["status"], data["code"]) == (status, code) and data["error"].endswith(".")
         await server.assert_empty()
+    assert [each.fields["status"] for each in caplog.records if each.getMessage() == "stream"] == [status]  # type: ignore[attr-defined]
 
 
 async def test_a_deadline_ends_a_stream_too() -> None:
