@@ -192,45 +192,31 @@ def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_
             assert (graphs(), compiler.unexpected) == (before, count)
 
 
-def test_what_memory_was_too_short_for_while_warming_is_not_left_for_a_request_to_record() -> None:
-    compiler, full = Compiler("eager"), True
-
-    def compiled(rows: torch.Tensor) -> torch.Tensor:
-        if full and rows.shape[0] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return rows * 2
-
-    run = Compiled(compiler, lambda rows: rows * 3, compiled, {}, graphs=True)
-    with torch.inference_mode():
-        with compiler.warm():
-            run(torch.ones(2, 4))
-            with pytest.raises(torch.OutOfMemoryError):
-                run(torch.ones(3, 4))
-        full = False
-        assert torch.equal(run(torch.ones(2, 4)), torch.full((2, 4), 2.0))
-        assert torch.equal(run(torch.ones(3, 4)), torch.full((3, 4), 3.0))
-    assert compiler.unexpected == 1
-
-
-def test_a_graph_whose_recording_memory_was_too_short_for_is_not_left_for_a_request_to_record() -> None:
+@pytest.mark.parametrize(
+    ("failing", "factor", "recording", "unexpected"),
+    [(1, 3.0, [None], 1), (2, 2.0, [None, None, ()], 0)],
+    ids=["in its first run, which compiles", "in its second, which records"],
+)
+def test_what_memory_was_too_short_for_while_warming_is_not_left_for_a_request_to_record(
+    failing: int, factor: float, recording: list[Any], unexpected: int
+) -> None:
     compiler = Compiler("eager")
     sizes: list[Any] = []
 
     def compiled(rows: torch.Tensor) -> torch.Tensor:
         sizes.append(torch._inductor.config.triton.cudagraph_capture_sizes)
-        if len(sizes) == 2:
+        if len(sizes) == failing:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return rows * 2
 
     run = Compiled(compiler, lambda rows: rows * 3, compiled, {}, graphs=True)
+    rows = torch.ones(3, 4)
     with torch.inference_mode():
-        with compiler.warm():
-            run(torch.ones(3, 4))
-            with pytest.raises(torch.OutOfMemoryError):
-                run(torch.ones(3, 4))
-        assert torch.equal(run(torch.ones(3, 4)), torch.full((3, 4), 2.0))
-    assert sizes == [None, None, ()]
-    assert compiler.unexpected == 0
+        with compiler.warm(), pytest.raises(torch.OutOfMemoryError):
+            for _ in range(failing):
+                run(rows)
+        assert torch.equal(run(rows), rows * factor)
+    assert (sizes, compiler.unexpected) == (recording, unexpected)
 
 
 @pytest.mark.parametrize(("misses", "counted"), [(1, 0), (2, 0), (1000, 1)])
