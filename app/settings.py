@@ -399,7 +399,7 @@ def load_settings(
             message = f"must be one of {choices}"
         message = _MESSAGES.get(detail["type"], message)
         message = " or ".join([_sentence(message), *_words(Settings.model_fields[name])])
-        secret = "SecretStr" in str(Settings.model_fields[name].annotation)
+        secret = _is_secret(Settings.model_fields[name])
         given = detail["input"]
         text = ",".join(given) if isinstance(given, tuple) else str(given)
         shown = "" if secret else f" is {text[:80]!r}, but"
@@ -492,12 +492,16 @@ def _from_text(value: str | list[str], field: FieldInfo) -> object:
     optional = type(None) in typing.get_args(field.annotation)
     if optional and value.strip().lower() in ("", "none"):
         return None
-    return value.strip() if "SecretStr" in str(field.annotation) else _at_home(value.strip())
+    return value.strip() if _is_secret(field) else _at_home(value.strip())
 
 
 def _at_home(text: str) -> str:
     """With the home's path for the ``~`` that a shell leaves alone behind the ``=`` of a flag, and ``.env`` has too."""
     return re.sub(r"^([\w-]+=)?~/", lambda found: f"{found[1] or ''}{Path.home()}/", text)
+
+
+def _is_secret(field: FieldInfo) -> bool:
+    return "SecretStr" in str(field.annotation)
 
 
 def _repeatable(field: FieldInfo) -> bool:
