@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import uvicorn
 from fastapi import FastAPI, Response
 
-from app import compile_cache, start, surroundings
+from app import compile_cache, cores, start, surroundings
 from app.api import documentation, edge, oip, requests, stream, v1
 from app.api.server import Connection, Server
 from app.api.serving import Serving
@@ -244,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(given[1:] if given[:1] == ["serve"] else given)
         configure_logging(settings)
         _hand_over(read_other_keys(), environment)
+        cores.share()  # only now: what .env has for OpenMP may leave it nothing to choose
         compile_cache.keep(settings)
         ranks = find_ranks()
         if ranks is not None:

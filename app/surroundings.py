@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from app import cores, heap
+from app import heap
 
 MOST_BYTES = 4096
 """Kubernetes reads no more of a termination log. Source: ``terminationMessagePath`` in the Kubernetes API."""
@@ -26,7 +26,6 @@ def prepare() -> None:
     # of rows that is hundreds of megabytes.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     heap.keep()
-    cores.share()
     # Libraries keep caches in the home, and ask by what name the user goes.
     if not _writable(os.environ.get("HOME")):
         os.environ["HOME"] = _temporary_home()

@@ -65,7 +65,7 @@ def test_what_the_environment_says_stays(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings another OpenMP library elsewhere")
 def test_torchs_openmp_library_hears_of_it() -> None:
-    code = "from app.surroundings import prepare; prepare(); import torch"
+    code = "from app.cores import share; share(); import torch"
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     told = subprocess.run(
         [sys.executable, "-c", code],
