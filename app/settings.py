@@ -296,6 +296,13 @@ class Settings(BaseModel):
             raise ValueError("must be one line of printable characters, or no request could carry it")
         return secret
 
+    @field_validator("huggingface_token")
+    @classmethod
+    def _token_is_in_ascii(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not token.get_secret_value().isascii():
+            raise ValueError("must be the token alone, in ASCII and without typographic quotes around it")
+        return token
+
     @field_validator("warm_sizes")
     @classmethod
     def _sizes_are_read(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:

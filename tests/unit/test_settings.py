@@ -163,6 +163,7 @@ def test_several_values_are_given_as_people_give_them(arguments: list[str]) -> N
         ("--device", "cuda:256", "--device is 'cuda:256'"),
         ("--api_key", "first\nsecond", "--api_key must be one line"),
         ("--huggingface_token", "hf_first\nhf_second", "--huggingface_token must be one line"),
+        ("--huggingface_token", "“hf_copied”", "--huggingface_token must be the token alone"),
         ("--use_refiner", "perhaps", "must be true or false"),
         ("--max_input_pixels", "63", "--max_input_pixels is '63'"),
         ("--vae_tilling", "true", "did you mean '--vae_tiling'?"),
