@@ -279,7 +279,10 @@ def _hand_over(variables: Mapping[str, str], environment: Collection[str]) -> No
             os.environ[name] = value
         hint = "" if OF_LIBRARIES.fullmatch(name.upper()) else nearest(name.upper(), settings)
         level = logging.WARNING if hint else logging.INFO
-        logger.log(level, ".env has %s, which is no setting%s; libraries find it in the environment", name, hint)
+        found = "libraries find it in the environment"
+        if os.environ[name] != value:
+            found = "the environment has another value, and libraries find that"
+        logger.log(level, ".env has %s, which is no setting%s; %s", name, hint, found)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -440,6 +440,8 @@ def test_libraries_find_what_the_env_file_has_for_them_and_misspelt_settings_are
     told = [line for line in finished.stderr.splitlines() if ".env has " in line]
     assert [" WARNING " in line for line in told] == [True, False, False, False]
     assert "MAX_STEP, which is no setting (did you mean 'MAX_STEPS'?)" in told[0]
+    assert "HF_HUB_OFFLINE, which is no setting; libraries find it" in told[1]
+    assert "HF_HOME, which is no setting; the environment has another value, and libraries find that" in told[2]
     assert "HTTPS_PROXY, which is no setting;" in told[3]
     assert "hf_x" not in finished.stderr and "of-mine" not in finished.stderr
 
