@@ -25,7 +25,7 @@ class StreamReader:
 
     Args:
         on_step: is told of each step.
-        timeout: seconds from now within which the answer must be there; events before it are none.
+        timeout: seconds from now within which the answer must begin to come; events before it are none.
     """
 
     on_step: OnStep
@@ -39,7 +39,7 @@ class StreamReader:
         """Take the next bytes, wherever they are cut.
 
         Raises:
-            httpx.ReadTimeout: the answer is not among them, and its time is over.
+            httpx.ReadTimeout: the answer has not begun, and its time is over.
         """
         *lines, rest = data.split(b"\n")
         if lines:
@@ -49,7 +49,8 @@ class StreamReader:
         self._pending.append(rest)
         for line in lines:
             self._line(line.removesuffix(b"\r").decode("utf-8", "replace"))
-        if self._response is None and time.monotonic() - self._begun > self.timeout:
+        is_answer = self._response is not None or self._fields.get("event") == "done"
+        if not is_answer and time.monotonic() - self._begun > self.timeout:
             raise httpx.ReadTimeout("")
 
     def finish(self) -> httpx.Response:

@@ -106,6 +106,16 @@ def test_an_answer_is_waited_for_no_longer_while_its_steps_are_told(ask: Ask) ->
         ask(handler, "generate", "p", on_step=lambda *_: None, options={"timeout": 0.1})
 
 
+def test_an_answer_that_has_begun_may_take_its_time_as_one_in_one_piece_may() -> None:
+    reader = StreamReader(lambda *_: None, timeout=0.5)
+    content = event("done", ANSWER)
+    reader.feed(content[:50])
+    time.sleep(0.6)
+    for byte in content[50:]:
+        reader.feed(bytes([byte]))
+    assert reader.finish().json() == ANSWER
+
+
 def test_a_stream_that_breaks_off_is_a_broken_connection(ask: Ask) -> None:  # noqa: F811
     with pytest.raises(UnreachableError, match="broke before the answer was whole"):
         ask(streaming(STREAM[:-3]), "generate", "p", on_step=lambda *_: None)
