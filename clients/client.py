@@ -30,6 +30,7 @@ from clients.inputs import Parameters, write_request
 __all__ = ["AsyncClient", "Client", "ClientError", "Parameters", "Picture", "Result", "ServerError", "UnreachableError"]
 
 CONNECT_TIMEOUT = 10.0
+LARGEST_PORT = 65_535
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class _Endpoint:
             parsed.raw_host.decode("ascii").encode("idna")  # as sockets do; some names fit no resolver
         except (httpx.InvalidURL, UnicodeError):
             parsed = httpx.URL("")
-        if parsed.scheme not in ("http", "https") or not parsed.raw_host:
+        if parsed.scheme not in ("http", "https") or not parsed.raw_host or (parsed.port or 0) > LARGEST_PORT:
             raise UnreachableError(f"{url!r} is no address of a server; it must be like http://localhost:8080.")
         self._place = f"{parsed.scheme}://{parsed.netloc.decode('ascii')}"
         self._model_path = f"/v2/models/{urllib.parse.quote(model, safe='')}"

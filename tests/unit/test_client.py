@@ -508,7 +508,8 @@ def test_trouble_with_the_connection_is_one_sentence(ask: Ask, error: httpx.HTTP
 
 
 @pytest.mark.parametrize(
-    "url", ["server:8080", "ftp://server", "http://", "http://server:port", "http://a..b", "", "\0"]
+    "url",
+    ["server:8080", "ftp://server", "http://", "http://server:port", "http://server:80800", "http://a..b", "", "\0"],
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_url_that_is_none_is_told_at_once(kind: type[Client] | type[AsyncClient], url: str) -> None:
