@@ -28,9 +28,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
-from app.engine.batcher import Ticket
 from app.engine.idempotency import Once
 from app.engine.repository import Model, State
+from app.engine.ticket import Ticket
 from app.errors import BodyTooSlow, Cancelled, InvalidRequest, RuntimeFault
 from app.generation import Generation
 from app.sentences import shorten

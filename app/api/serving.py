@@ -18,9 +18,9 @@ from fastapi import Request
 
 from app.api import edge
 from app.api.bodies import Bodies
-from app.engine.batcher import Listener, Ticket
 from app.engine.idempotency import Once
 from app.engine.repository import Model, Repository
+from app.engine.ticket import Listener, Ticket
 from app.errors import RuntimeFault, ShuttingDown
 from app.generation import GenerateRequest, Generation, PreviewWish
 from app.settings import Settings

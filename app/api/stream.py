@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api import documentation, edge
 from app.api.serving import Exchange, Serving
-from app.engine.batcher import Ticket
+from app.engine.ticket import Ticket
 from app.errors import Cancelled, RuntimeFault
 from app.generation import Generation, Preview, Progress
 from app.protocol import oip

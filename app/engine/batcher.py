@@ -29,8 +29,6 @@ from app.generation import DEFAULT_PRIORITY, GenerateRequest, PreviewWish
 from app.start import Timeline
 from app.telemetry import Telemetry
 
-__all__ = ["DEVICE_THREAD", "Batcher", "Listener", "Ticket"]
-
 logger = logging.getLogger(__name__)
 
 Load = Callable[[], Family[Any]]

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from app.engine.batcher import Batcher, Listener, Ticket
+from app.engine.batcher import Batcher
 from app.engine.family import Family
 from app.engine.idempotency import Once
 from app.engine.queue import RequestStatus
+from app.engine.ticket import Listener, Ticket
 from app.errors import ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, Limits, Pixels, PreviewWish
 from app.images import decode_images, resize

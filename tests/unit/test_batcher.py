@@ -17,8 +17,9 @@ import pytest
 
 from app import heap
 from app.engine import finishing
-from app.engine.batcher import Batcher, Ticket
+from app.engine.batcher import Batcher
 from app.engine.family import Family
+from app.engine.ticket import Ticket
 from app.errors import (
     Cancelled,
     DeadlineExceeded,
