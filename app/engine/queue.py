@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 KEPT_OUTCOMES = 1024
 """Ended requests that can still be asked about."""
-
-
 FORECAST_SECONDS = 0.25
 """For which a forecast is good."""
 
@@ -162,7 +160,9 @@ class Queue:
             ticket.preview = ticket.preview or preview
             if listener is not None:
                 ticket.listeners.append(listener)
-                self._tell_place(ticket, listener)
+                if place := self._place_of(ticket):
+                    ticket.place, seconds = place
+                    listener(ticket.progress(seconds))
         return ticket
 
     def _check_open(self) -> None:
@@ -237,12 +237,6 @@ class Queue:
                 if place != ticket.place and ticket.listeners:
                     ticket.place = place
                     ticket.tell(ticket.progress(self._known(seconds)))
-
-    def _tell_place(self, ticket: Ticket, listener: Listener) -> None:
-        for other, place, seconds in admission.places(self._forecast(self._clock())):
-            if other is ticket:
-                ticket.place = place
-                listener(ticket.progress(self._known(seconds)))
 
     def finished(self, image: Image, encoded: bytes, seconds: float) -> None:
         """One image is whole; with the last one its ticket ends."""
@@ -363,11 +357,10 @@ class Queue:
             RequestNotFound: none of that id runs, and none did lately.
         """
         with self.condition:
-            for ticket in self._of(request_id):
-                for other, place, seconds in admission.places(self._forecast(self._clock())):
-                    if other is ticket:
-                        left = self._known(seconds)
-                        return RequestStatus(RequestState.QUEUED, 0, ticket.steps_total, place, left)
+            if tickets := self._of(request_id):
+                ticket = tickets[0]
+                if place := self._place_of(ticket):
+                    return RequestStatus(RequestState.QUEUED, 0, ticket.steps_total, *place)
                 left = admission.remaining(ticket, self._costs)
                 return RequestStatus(RequestState.RUNNING, ticket.steps_done, ticket.steps_total, 0, left)
             if request_id in self._outcomes:
@@ -405,6 +398,13 @@ class Queue:
 
     def _schedule(self, tickets: Iterable[Ticket]) -> dict[Ticket, float]:
         return admission.schedule(tickets, self._costs, self._devices)
+
+    def _place_of(self, ticket: Ticket) -> tuple[int, float | None] | None:
+        """Its place in the queue and the seconds until it is likely to be done; ``None`` once it has begun."""
+        for other, place, seconds in admission.places(self._forecast(self._clock())):
+            if other is ticket:
+                return place, self._known(seconds)
+        return None
 
     def _known(self, seconds: float) -> float | None:
         return seconds if self._costs.measured else None
