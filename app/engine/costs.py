@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from app.engine.ticket import Image
@@ -18,6 +18,8 @@ MAX_SIZES = 64
 """Picture sizes whose costs are kept apart; what was measured least lately is forgotten."""
 GUESS = 1e-7
 """Seconds for one pixel of one row, until anything was measured."""
+FORGET = 0.05
+"""Weight of the newest measurement, once there are many."""
 
 
 def rows_of(request: GenerateRequest) -> int:
@@ -31,7 +33,6 @@ def rows_of(request: GenerateRequest) -> int:
 class Line:
     """``seconds = fixed + slope * load``, least squares with exponential forgetting."""
 
-    forget: float = 0.05
     samples: int = 0
     load: float = 0.0
     seconds: float = 0.0
@@ -40,7 +41,7 @@ class Line:
 
     def observe(self, load: float, seconds: float) -> None:
         self.samples += 1
-        weight = max(self.forget, 1 / self.samples)
+        weight = max(FORGET, 1 / self.samples)
         self.load += weight * (load - self.load)
         self.seconds += weight * (seconds - self.seconds)
         self.load_load += weight * (load * load - self.load_load)
@@ -83,13 +84,10 @@ class Costs:
 
     # --- Measuring ---------------------------------------------------------------------------------------------
 
-    def stepped(self, images: Iterable[Image], seconds: float) -> None:
+    def stepped(self, images: Sequence[Image], seconds: float) -> None:
         """One forward pass of `images`, which have one size, took so long."""
-        load = 0.0
-        size = 0
-        for image in images:
-            size = image.size
-            load += self.rows(image) * size
+        size = images[0].size
+        load = sum(map(self.rows, images)) * size
         with self._lock:
             self._steps.setdefault(size, Line()).observe(load, seconds)
             self._steps.move_to_end(size)
@@ -97,17 +95,17 @@ class Costs:
                 self._steps.popitem(last=False)
             self._any_step.observe(load, seconds)
 
-    def decoded(self, images: Iterable[Image], seconds: float) -> None:
+    def decoded(self, images: Sequence[Image], seconds: float) -> None:
         with self._lock:
             self._decode.observe(sum(image.size for image in images), seconds)
 
-    def encoded(self, images: Iterable[Image], seconds: float) -> None:
+    def encoded(self, images: Sequence[Image], seconds: float) -> None:
         with self._lock:
-            self._encode.observe(sum(1 for _ in images), seconds)
+            self._encode.observe(len(images), seconds)
 
-    def begun(self, images: Iterable[Image], seconds: float) -> None:
+    def begun(self, images: Sequence[Image], seconds: float) -> None:
         with self._lock:
-            self._begin.observe(sum(1 for _ in images), seconds)
+            self._begin.observe(len(images), seconds)
 
     @property
     def measured(self) -> bool:
@@ -129,11 +127,11 @@ class Costs:
 
     def of(self, stage: str, images: Sequence[Image]) -> float:
         """Seconds of one go of `stage` with `images`, which have one size."""
+        if stage == "denoise_step":
+            return self.step(images[0].size, sum(map(self.rows, images)))
         if stage == "decode":
             return self.decode(sum(image.size for image in images))
-        if stage != "denoise_step":
-            return self._encode(len(images))
-        return self.step(images[0].size, sum(map(self.rows, images)))
+        return self._encode(len(images))
 
     def step(self, size: int, rows: int) -> float:
         """Seconds of one forward pass of pictures of so many pixels."""
