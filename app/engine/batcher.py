@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Load = Callable[[], Family[Any]]
 DEVICE_THREAD = "device"
-JOIN_SECONDS = 0.5
+THREAD_END_SECONDS = 0.5
 """For a device's thread to see that it is over; in the middle of a step it cannot."""
 TICK = 0.25
 """Seconds between two looks at deadlines and at devices that may hang."""
@@ -174,7 +174,7 @@ class Batcher:
             self.queue.condition.wait_for(lambda: self._hurried or not self.queue.tickets or not self.alive, grace)
         self.queue.end_all(ShuttingDown("The server shut down before the request was done."))
         if self.ready.done():  # a thread that still loads cannot be told to stop
-            deadline = time.monotonic() + JOIN_SECONDS
+            deadline = time.monotonic() + THREAD_END_SECONDS
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
         self._stopped.set()

@@ -22,7 +22,7 @@ from app.generation import GenerateRequest, Pixels, PreviewKind
 from app.start import Timeline
 from app.telemetry import Telemetry
 
-JOIN_SECONDS = 0.1
+LET_IN_SECONDS = 0.1
 """For images to join between two passes, or as long as a pass takes: prompts may be many and long, and whoever is being
 denoised, or comes meanwhile and is more urgent, should not wait for all of them."""
 WARM_STEPS = 2
@@ -116,7 +116,7 @@ class Worker:
     def _paint_once(self, request: GenerateRequest) -> None:
         steps = self.family.steps(request)
         image = Image(Ticket([request], [steps], 0.0, 0.0, self._queue), request, 0, steps)
-        for _ in range(2):
+        for _ in range(2):  # only the second time tells what a step takes
             job = self.family.begin(request, self.family.encode(request))
             image.rows = self.family.rows(job)
             started = self._clock()
@@ -181,7 +181,7 @@ class Worker:
         started = self._clock()
         for image in self._take():
             self._join([image])
-            if self._clock() - started > max(JOIN_SECONDS, self._pass_seconds):
+            if self._clock() - started > max(LET_IN_SECONDS, self._pass_seconds):
                 return
 
     def _take(self) -> Iterator[Image]:
