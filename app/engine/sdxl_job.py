@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ class Part:
         name: ``base`` or ``refiner``.
         pipeline: loaded, on its device.
         device: where its UNet runs.
-        vae: of the other part, where it is the same.
+        vae: of the other part, which is shared where it is the same.
         optimization: of the UNet.
         compiler: of all that computes.
 
@@ -59,13 +59,10 @@ class Part:
                 compiler.compile_encoder(encoder)
         self.schedulers = schedulers.Schedulers(pipeline.scheduler)
         self.prompts = PromptEncoder(pipeline, device)
-        shared = vae is not None and vae.module is pipeline.vae
-        self.vae = vae if vae is not None and shared else self._vae(pipeline, compiler)
-
-    @staticmethod
-    def _vae(pipeline: Any, compiler: Compiler | None) -> Vae:
-        in_full = bool(getattr(pipeline.vae.config, "force_upcast", False))
-        return Vae(pipeline.vae, pipeline.image_processor, compiler, encodes_in_full=in_full)
+        if vae is None or vae.module is not pipeline.vae:
+            in_full = bool(getattr(pipeline.vae.config, "force_upcast", False))
+            vae = Vae(pipeline.vae, pipeline.image_processor, compiler, encodes_in_full=in_full)
+        self.vae = vae
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +146,7 @@ class SdxlJob(Job):
     guidance: torch.Tensor
     rescale: tuple[torch.Tensor, torch.Tensor] | None
     inpainting: Inpainting | None
-    loras: Loras = field(default=())
+    loras: Loras
 
     @property
     def guided(self) -> bool:
@@ -158,4 +155,4 @@ class SdxlJob(Job):
 
     @property
     def leg(self) -> Leg:
-        return self.legs[min(self.leg_index, len(self.legs) - 1)]
+        return self.legs[self.leg_index]
