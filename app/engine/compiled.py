@@ -152,9 +152,9 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = pytree.tree_map_only(torch.Tensor, _settle, (args, kwargs))
-        rows = next(leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        shape = self._shape(args, kwargs, rows)
         exact = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        rows = exact[0][0]
+        shape = self._shape(args, kwargs, rows)
         if self._compiler.warming:
             self._mark(args, kwargs, rows)
             self._recorded.discard(exact)  # memory may also end in the second run, which is the one that records
