@@ -10,7 +10,7 @@ import enum
 import json
 import logging
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -278,7 +278,7 @@ def _with_weights(component: Component, variant: str | None) -> Component:
     else:
         raise ModelLoadFailed(_no_weights(component, name))
     size = sum(read_checkpoint(file).size for file in files)
-    return Component(component.name, component.folder, component.library, component.class_name, files, variant, size)
+    return replace(component, weights=files, variant=variant, size=size)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
