@@ -87,16 +87,10 @@ def _short(offer: Offer, verb: str, extra: dict[str, Any]) -> list[dict[str, Any
         body["title"] = verb + infer_schema.TITLES[task]
         body["properties"] |= {
             "id": {"type": ["string", "null"], "maxLength": MAX_ID_LENGTH, "description": "Comes back in the answer."},
-            **{name: _or_null(schema) for name, schema in {"priority": PRIORITY, **extra}.items()},
+            **{name: predict_schema.or_null(schema) for name, schema in {"priority": PRIORITY, **extra}.items()},
         }
         bodies.append(body)
     return bodies
-
-
-def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """As in the short form, where null means "not given"."""
-    nullable = {**schema, "type": [schema["type"], "null"]}
-    return {**nullable, "enum": [*schema["enum"], None]} if "enum" in schema else nullable
 
 
 def _infer_stream(offer: Offer) -> list[dict[str, Any]]:

@@ -63,11 +63,14 @@ def instance(offer: Offer, task: ImageTask) -> dict[str, Any]:
 
 def _property(offer: Offer, name: str, task: ImageTask) -> dict[str, Any]:
     schema = offer.schema(name, task)
-    if not PARAMETERS[name].required and PARAMETERS[name].kind is not Kind.IMAGE:
-        schema["type"] = [schema["type"], "null"]
-        if "enum" in schema:
-            schema["enum"] = [*schema["enum"], None]
-    return schema
+    is_needed = PARAMETERS[name].required or PARAMETERS[name].kind is Kind.IMAGE
+    return schema if is_needed else or_null(schema)
+
+
+def or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema`, and null besides, which means "not given"."""
+    nullable = {**schema, "type": [schema["type"], "null"]}
+    return {**nullable, "enum": [*schema["enum"], None]} if "enum" in schema else nullable
 
 
 def examples(offer: Offer) -> dict[str, Any]:
