@@ -268,7 +268,7 @@ def once(request: Request, body: bytes) -> Once | None:
     if not KEY.fullmatch(key):
         raise InvalidRequest(f"{IDEMPOTENCY_KEY} must be 1 to 255 printable ASCII characters.")
     # The same body means something else at another path, or with another length of its JSON.
-    path = request.scope["path"].rstrip("/")
+    path = request.scope["path"]
     header = request.headers.get(JSON_LENGTH, "")
     return Once(key, hashlib.sha256(f"{path}\0{header}\0".encode() + body).digest())
 

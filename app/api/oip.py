@@ -41,8 +41,7 @@ def router(serving: Serving, version: str) -> APIRouter:
         **documentation.answers(documentation.Live),
     )
     async def server_live() -> Response:
-        live = repository.live
-        if live:
+        if repository.live:
             return edge.json_response({"live": True})
         return edge.json_response({"live": False, "error": edge.NOT_LIVE}, 503)
 
