@@ -146,16 +146,16 @@ class Connection(H11Protocol):
     def __init__(self, *, timeout: float, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._timeout = timeout
-        self._timer: asyncio.TimerHandle | None = None
+        self._headers_timer: asyncio.TimerHandle | None = None
         self._reader_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._watch()
+        self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._watch_headers()
 
     def handle_events(self) -> None:
         if self.conn.their_state in (h11.IDLE, h11.DONE):
@@ -177,7 +177,7 @@ class Connection(H11Protocol):
         self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
+        self._stop_watching_headers()
         if self._reader_timer is not None:
             self._reader_timer.cancel()
         super().connection_lost(exc)
@@ -200,16 +200,16 @@ class Connection(H11Protocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _watch(self) -> None:
+    def _watch_headers(self) -> None:
         if self._is_answering:
-            self._unwatch()  # the headers are here
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self._timeout, self.transport.close)
+            self._stop_watching_headers()
+        elif self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(self._timeout, self.transport.close)
 
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _stop_watching_headers(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
 
     def _watch_reader(self) -> None:
         if self._reader_timer is None:
