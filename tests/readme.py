@@ -9,7 +9,7 @@ from pathlib import Path
 from app.engine.flux_requests import PARAMETERS as FLUX_PARAMETERS
 from app.engine.optimization import LOSSY_PARAMETERS
 from app.engine.scheduler_names import NAMES
-from app.engine.sdxl import OTHERS_PARAMETERS
+from app.engine.sdxl import FLUX_ONLY_PARAMETERS
 from app.engine.sdxl_requests import SCORES
 from app.generation import PARAMETERS, Kind
 from app.main import create_app
@@ -57,7 +57,7 @@ def _model(name: str) -> str:
         return "SDXL with a refiner"
     if name in LOSSY_PARAMETERS:
         return "servers with `--optimize max`"
-    return "FLUX" if name in OTHERS_PARAMETERS else "SDXL" if name not in FLUX_PARAMETERS else ""
+    return "FLUX" if name in FLUX_ONLY_PARAMETERS else "SDXL" if name not in FLUX_PARAMETERS else ""
 
 
 def schedulers() -> str:

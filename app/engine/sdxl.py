@@ -30,8 +30,7 @@ from app.engine.vae import CPU_DECODE_LOAD
 from app.engine.warming import warm
 from app.generation import PARAMETERS, GenerateRequest, ImageTask
 
-OTHERS_PARAMETERS = frozenset({"true_cfg_scale", "max_sequence_length"})
-"""FLUX's."""
+FLUX_ONLY_PARAMETERS = frozenset({"true_cfg_scale", "max_sequence_length"})
 
 
 class SdxlFamily(Family[SdxlJob]):
@@ -68,10 +67,10 @@ class SdxlFamily(Family[SdxlJob]):
         self.only_inpaints = self._requests.only_inpaints
         self.rehearsal_size = (self._requests.own_size, self._requests.own_size)
         # The refiner's stay without one: callers who do not know what is loaded send them all the same.
-        self.parameters = frozenset(PARAMETERS) - OTHERS_PARAMETERS - (frozenset() if adapters else {"loras"})
+        self.parameters = frozenset(PARAMETERS) - FLUX_ONLY_PARAMETERS - (frozenset() if adapters else {"loras"})
         self.parameters -= frozenset() if optimization.lossy else LOSSY_PARAMETERS
         self.schedulers = self._base.schedulers.names
-        self.size_step = pipeline.vae_scale_factor
+        self.size_step = self._factor
         if self._device.type == "cpu":
             self.decode_load = CPU_DECODE_LOAD
         self.adapters = tuple(adapters.names) if adapters else ()
