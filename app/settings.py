@@ -396,23 +396,7 @@ def load_settings(
     try:
         return Settings(**values)
     except ValidationError as error:
-        detail = error.errors()[0]
-        name = str(detail["loc"][0]) if detail["loc"] else ""
-        message = detail["msg"].removeprefix("Value error, ")
-        if not name:
-            raise InvalidSettings(f"{message}.") from None
-        if typing.get_origin(Settings.model_fields[name].annotation) is Literal:
-            choices = ", ".join(typing.get_args(Settings.model_fields[name].annotation))
-            message = f"must be one of {choices}"
-        message = _MESSAGES.get(detail["type"], message)
-        message = " or ".join([_sentence(message), *_words(Settings.model_fields[name])])
-        secret = _is_secret(Settings.model_fields[name])
-        given = detail["input"]
-        text = ",".join(given) if isinstance(given, tuple) else str(given)
-        shown = "" if secret else f" is {text[:80]!r}, but"
-        raise InvalidSettings(
-            f"{sources.get(name, name)}{shown} {message} ({Settings.model_fields[name].description})"
-        ) from None
+        raise InvalidSettings(_describe(error, sources)) from None
 
 
 def read_other_keys(env_file: Path = Path(".env")) -> dict[str, str]:
@@ -448,14 +432,33 @@ _MESSAGES = {
 """What to say instead of pydantic's words."""
 
 
+def _describe(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """The first of pydantic's complaints as one sentence.
+
+    Args:
+        error: what pydantic says.
+        sources: the flag, variable or key that gave each setting.
+    """
+    detail = error.errors()[0]
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return f"{message}."
+    name = str(detail["loc"][0])
+    field = Settings.model_fields[name]
+    if typing.get_origin(field.annotation) is Literal:
+        message = f"must be one of {', '.join(typing.get_args(field.annotation))}"
+    message = _MESSAGES.get(detail["type"], message).replace("Input should", "it must")
+    message = " or ".join([message.split(", unable to parse")[0], *_words(field)])
+    given = detail["input"]
+    text = ",".join(given) if isinstance(given, tuple) else str(given)
+    shown = "" if _is_secret(field) else f" is {text[:80]!r}, but"
+    return f"{sources.get(name, name)}{shown} {message} ({field.description})"
+
+
 def _words(field: FieldInfo) -> list[str]:
     """What a setting may be besides a value of another kind."""
     kinds = typing.get_args(field.annotation)
     return [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
-
-
-def _sentence(message: str) -> str:
-    return message.replace("Input should", "it must").split(", unable to parse")[0]
 
 
 def _read_env_file(path: Path) -> Mapping[str, str]:
