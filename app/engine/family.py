@@ -18,6 +18,8 @@ import numpy as np
 from app.engine.scheduler_names import NAMES
 from app.generation import PARAMETERS, GenerateRequest, Pixels
 
+GREY, WHITE = b"\x80", b"\xff"
+
 
 @dataclass(slots=True)
 class Job:
@@ -39,7 +41,6 @@ class Job:
 
 
 J = TypeVar("J", bound=Job)
-GREY, WHITE = b"\x80", b"\xff"
 
 
 class Family(abc.ABC, Generic[J]):
@@ -71,6 +72,19 @@ class Family(abc.ABC, Generic[J]):
     """False where going from one job to another is costly, because weights move to the device and back: the batcher
     then finishes what it began before it lets others in."""
 
+    decode_load: int = 1_048_576
+    """Pixels of the pictures that are decoded at once, where one alone has not as many: a large picture fills a GPU,
+    small ones share it well."""
+
+    decode_retries: int = 0
+    """Pictures that came out as no numbers in half precision and were decoded once more in float32; counts up."""
+
+    unexpected_shapes: int = 0
+    """Passes through a compiled part in a shape that it was not warmed with, and so as with nothing compiled; counts
+    up."""
+
+    # --- What a request means ----------------------------------------------------------------------------------
+
     @abc.abstractmethod
     def resolve(self, request: GenerateRequest) -> GenerateRequest:
         """Fill in the model's own defaults.
@@ -82,6 +96,18 @@ class Family(abc.ABC, Generic[J]):
     def steps(self, request: GenerateRequest) -> int:
         """Denoising steps that each picture of a resolved request will take."""
         return request.num_inference_steps or 1
+
+    def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
+        """What is done for a resolved request at the price of its picture: ``fp8``, or a parameter's name."""
+        del request
+        return ()
+
+    def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
+        """Sentences for the caller about what of a resolved request has no effect."""
+        del request
+        return ()
+
+    # --- Getting ready -----------------------------------------------------------------------------------------
 
     def rehearsal(self, request: GenerateRequest) -> GenerateRequest:
         """`request`, which nobody sent, with what the model wants besides; not resolved.
@@ -110,9 +136,7 @@ class Family(abc.ABC, Generic[J]):
         """
         del report
 
-    unexpected_shapes: int = 0
-    """Passes through a compiled part in a shape that it was not warmed with, and so as with nothing compiled; counts
-    up."""
+    # --- From prompt to pixels ---------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def encode(self, request: GenerateRequest) -> Any:
@@ -130,6 +154,11 @@ class Family(abc.ABC, Generic[J]):
     def signature(self, job: J) -> Hashable:
         """Jobs with equal signatures may share a forward pass."""
 
+    def rows(self, job: J) -> int:
+        """Rows that `job` brings to its next forward pass: two with classifier-free guidance, which may end midway."""
+        del job
+        return 1
+
     @abc.abstractmethod
     def step(self, jobs: Sequence[J]) -> None:
         """One forward pass for all `jobs`, which share a signature; each advances by one step.
@@ -140,31 +169,6 @@ class Family(abc.ABC, Generic[J]):
         Raises:
             OutOfMemory: fewer jobs may fit.
         """
-
-    decode_load: int = 1_048_576
-    """Pixels of the pictures that are decoded at once, where one alone has not as many: a large picture fills a GPU,
-    small ones share it well."""
-
-    decode_retries: int = 0
-    """Pictures that came out as no numbers in half precision and were decoded once more in float32; counts up."""
-
-    def rows(self, job: J) -> int:
-        """Rows that `job` brings to its next forward pass: two with classifier-free guidance, which may end midway."""
-        del job
-        return 1
-
-    def follow(self) -> None:
-        """Take part in the forward passes of another process until it says goodbye.
-
-        Only where several processes share a model.
-
-        Raises:
-            Exception: the others are lost, and so is this process.
-        """
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Called when nothing will be done any more, and everything went well."""
 
     def catch_up(self) -> None:
         """Wait for the device to be done with the last step, which may go on when `step` has returned."""
@@ -191,12 +195,17 @@ class Family(abc.ABC, Generic[J]):
         """
         return self.decode([job])[0] if whole else None
 
-    def lossy(self, request: GenerateRequest) -> tuple[str, ...]:
-        """What is done for a resolved request at the price of its picture: ``fp8``, or a parameter's name."""
-        del request
-        return ()
+    # --- Several processes, and the end ------------------------------------------------------------------------
 
-    def warnings(self, request: GenerateRequest) -> tuple[str, ...]:
-        """Sentences for the caller about what of a resolved request has no effect."""
-        del request
-        return ()
+    def follow(self) -> None:
+        """Take part in the forward passes of another process until it says goodbye.
+
+        Only where several processes share a model.
+
+        Raises:
+            Exception: the others are lost, and so is this process.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called when nothing will be done any more, and everything went well."""
