@@ -48,6 +48,24 @@ def test_bfloat16_is_the_upper_half_of_a_float32() -> None:
     assert read_binary(memoryview(raw), "BF16", [3]) == [1.0, -2.5, 0.0]
 
 
+def bfloat16(numbers: list[float]) -> bytes:
+    bits = np.array(numbers, "<f4").view("<u4")
+    bits += 0x7FFF + (bits >> 16 & 1)  # to the nearest, and from halfway to even
+    return (bits >> 16).astype("<u2").tobytes()
+
+
+def test_a_fraction_as_bfloat16_is_the_number_that_was_meant() -> None:
+    numbers = [number / 100 for number in range(-100, 101)] + [0.8125, -0.03125, 2.5e-7, 2096.0]
+    assert read_binary(memoryview(bfloat16(numbers)), "BF16", [len(numbers)]) == numbers
+
+
+def test_every_bfloat16_that_is_read_stands_for_the_same_bits() -> None:
+    every = np.arange(1, 2**16, dtype="<u4")  # but 0, which equals -0
+    finite = every[(every & 0x7F80) != 0x7F80].astype("<u2").tobytes()
+    values = read_binary(memoryview(finite), "BF16", [len(finite) // 2])
+    assert bfloat16([float(value) for value in values]) == finite
+
+
 @pytest.mark.parametrize(
     ("data", "shape"),
     [
