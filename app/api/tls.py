@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import ssl
+import time
 from pathlib import Path
 from typing import Any, Never
 
 from app.errors import InvalidSettings
+
+logger = logging.getLogger(__name__)
+
+NO_CHECK_TIME = 0x200000
+"""OpenSSL's ``X509_V_FLAG_NO_CHECK_TIME``, for which the module ssl has no name."""
 
 
 class OneSided(ssl.SSLObject):
@@ -77,7 +85,32 @@ def read_certificate(certfile: Path, keyfile: Path) -> ssl.SSLContext:
         raise InvalidSettings(
             f"--{blamed} is {path}, which holds no {what} that can be used ({reason}); name one in PEM format."
         ) from None
+    _check_time(certfile, context)
     return context
+
+
+def _check_time(certfile: Path, context: ssl.SSLContext) -> None:
+    """Warn of a certificate that clients will refuse; its dates are read as a client does that does not mind them."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+    client.load_verify_locations(certfile)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs, ours = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    for side in (theirs, ours) * 3:
+        with contextlib.suppress(ssl.SSLError):  # among them that it waits for the other side
+            side.do_handshake()
+    try:
+        dates: Any = theirs.getpeercert() or {}
+    except ValueError:  # not for a server: clients that mind will say so
+        return
+    if time.time() > ssl.cert_time_to_seconds(dates["notAfter"]):
+        wrong = f"has expired on {dates['notAfter']}"
+    elif time.time() < ssl.cert_time_to_seconds(dates["notBefore"]):
+        wrong = f"is not valid before {dates['notBefore']}"
+    else:
+        return
+    logger.warning("--ssl_certfile is %s, which %s; clients will refuse it, so name one that is valid", certfile, wrong)
 
 
 def _check_certificate(certfile: Path) -> None:

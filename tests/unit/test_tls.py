@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,21 @@ def test_https_has_kserves_port_unless_one_is_given() -> None:
 
 def test_a_pair_is_taken(pair: tuple[Path, Path]) -> None:
     read_certificate(*pair)
+
+
+@pytest.mark.parametrize("days", [-1, 0, 3])
+def test_a_certificate_that_is_not_valid_now_is_taken_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, days: int
+) -> None:
+    # As authorities issue them: none that issues others.
+    certificate, key = make_certificate(tmp_path, "-nodes", "-addext", "basicConstraints=critical,CA:FALSE")
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + days * 86400)
+    read_certificate(certificate, key)
+    said = [re.sub(r"[A-Z][a-z]{2} .+ GMT", "DATE", record.getMessage()) for record in caplog.records]
+    wrong = {-1: "is not valid before DATE", 3: "has expired on DATE"}.get(days)
+    sentence = f"--ssl_certfile is {certificate}, which {wrong}; clients will refuse it, so name one that is valid"
+    assert said == ([sentence] if wrong else [])
 
 
 def test_a_file_that_is_not_there_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
