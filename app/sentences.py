@@ -77,12 +77,14 @@ def shorten(text: str, most: int = 100) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where `name` is a common word for something known, or spelt like it; else nothing."""
+    """`` (did you mean 'x'?)`` where `name` is something known or a common word for it, or like one; else nothing."""
     known = list(known)
+    words = {word: meant for word, names in SYNONYMS.items() if (meant := [name for name in names if name in known])}
     key = name[:60].lower().replace("-", "_")
-    meant = [synonym for synonym in SYNONYMS.get(key, ()) if synonym in known]
-    meant = meant or difflib.get_close_matches(name[:60], known, n=1)
-    return f" (did you mean {' and '.join(map(repr, meant))}?)" if meant else ""
+    # Words that are not taken here have to be nearer: 'style' is not meant to be 'steps'.
+    spelt_like = [*known, *difflib.get_close_matches(key, words, cutoff=0.75)]
+    close = [key] if key in words else difflib.get_close_matches(name[:60], spelt_like, n=1)
+    return "".join(f" (did you mean {' and '.join(map(repr, words.get(word, [word])))}?)" for word in close)
 
 
 def counted(number: int, what: str) -> str:

@@ -171,3 +171,22 @@ def test_whatever_stands_in_a_sentence_is_short() -> None:
 def test_the_nearest_known_name_is_suggested_only_when_it_is_near() -> None:
     assert nearest("promt", PARAMETERS) == " (did you mean 'prompt'?)"
     assert nearest("zzzz", PARAMETERS) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("stepz", "num_inference_steps"),
+        ("cfg_scal", "guidance_scale"),
+        ("true_cfg_scal", "true_cfg_scale"),
+        ("guidance_scal", "guidance_scale"),
+        ("sampler_index", "scheduler"),
+    ],
+)
+def test_a_misspelt_word_of_others_is_understood_too(name: str, meant: str) -> None:
+    assert nearest(name, PARAMETERS) == f" (did you mean '{meant}'?)"
+
+
+@pytest.mark.parametrize("name", ["style", "an", "quality"])
+def test_a_word_that_only_resembles_one_of_others_gets_no_hint(name: str) -> None:
+    assert nearest(name, PARAMETERS) == ""
