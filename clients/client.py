@@ -53,6 +53,7 @@ class _Endpoint:
         self._timeout = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
         self._binary = binary
         self._retries = retries
+        self.has_answered = False
         self.http_options: dict[str, Any] = {"base_url": parsed}
         if api_key and not api_key.strip().isprintable():
             raise ClientError("The API key has characters that no header can hold, such as a line break.")
@@ -88,7 +89,8 @@ class _Endpoint:
         """What an error of httpx means for the person who called."""
         reason = str(error) or type(error).__name__
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            return UnreachableError(f"No server can be reached at {self._place} ({reason}).")
+            sentence = f"No server can be reached at {self._place} ({reason})."
+            return UnreachableError(sentence, restarting=self.has_answered)
         if isinstance(error, httpx.TimeoutException):
             return UnreachableError(f"The server at {self._place} did not answer within {call.timeout.read:g} seconds.")
         return UnreachableError(f"The connection to {self._place} broke before the answer was whole ({reason}).")
@@ -107,7 +109,8 @@ class Client:
         timeout: seconds to wait for an answer.
         binary: let pictures travel as raw bytes; otherwise as base64 in JSON, a third larger.
         retries: how often to try again while the server is busy (429) or not ready (503), after as many seconds as
-            it asks for, if that is no more than `timeout`.
+            it asks for, if that is no more than `timeout`; and while a server that has answered before takes no
+            connection, as it does while it restarts.
         transport: httpx's way to the server, where it is not the usual one.
 
     Raises:
@@ -218,6 +221,7 @@ class Client:
                 except httpx.HTTPError as error:
                     call = conversation.throw(self._endpoint.unreachable(error, call))
                 else:
+                    self._endpoint.has_answered = True
                     call = conversation.send(response)
         except StopIteration as stop:
             result: T = stop.value
@@ -309,6 +313,7 @@ class AsyncClient:
                 except httpx.HTTPError as error:
                     call = conversation.throw(self._endpoint.unreachable(error, call))
                 else:
+                    self._endpoint.has_answered = True
                     call = conversation.send(response)
         except StopIteration as stop:
             result: T = stop.value

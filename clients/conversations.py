@@ -70,20 +70,26 @@ Conversation = Generator[Call, httpx.Response, T]
 
 
 def converse_infer(call: Call, retries: int) -> Conversation[Result]:
-    """Make `call`, and again up to `retries` times while the server is busy.
+    """Make `call`, and again up to `retries` times while the server is busy or restarts.
 
     The server says how long to wait; where it does not, the pauses double from one second on. A longer pause than the
     caller would wait for an answer is none that the caller wants.
     """
     patience = call.timeout.read or 0.0
     for attempt in range(retries):
+        pause = min(2.0**attempt, LONGEST_BACKOFF)
         try:
             return read_result((yield call))
+        except UnreachableError as error:
+            # What was sent may have been accepted, and would be painted twice.
+            if not error.restarting or pause > patience:
+                raise
         except ServerError as error:
-            pause = min(2.0**attempt, LONGEST_BACKOFF) if error.retry_after is None else error.retry_after
+            if error.retry_after is not None:
+                pause = error.retry_after
             if error.status not in TRY_AGAIN or pause > patience:
                 raise
-            call = replace(call, delay=pause)
+        call = replace(call, delay=pause)
     return read_result((yield call))
 
 

@@ -8,7 +8,16 @@ class ClientError(Exception):
 
 
 class UnreachableError(ClientError):
-    """Nobody answered: wrong address, connection refused or broken, time over."""
+    """Nobody answered: wrong address, connection refused or broken, time over.
+
+    Args:
+        message: one sentence.
+        restarting: a server that has answered before takes no connection, so nothing was sent.
+    """
+
+    def __init__(self, message: str, *, restarting: bool = False) -> None:
+        super().__init__(message)
+        self.restarting = restarting
 
 
 class ServerError(ClientError):

@@ -219,7 +219,13 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("how the server is asked")
     add = group.add_argument
     add("--parallel", default=16, type=_count, metavar="N", help="requests at the same time (default: %(default)s)")
-    add("--retries", default=5, type=int, metavar="N", help="tries again while it is busy (default: %(default)s)")
+    add(
+        "--retries",
+        default=5,
+        type=int,
+        metavar="N",
+        help="tries again while it is busy or restarts (default: %(default)s)",
+    )
     add("--timeout", default=600.0, type=_seconds, metavar="SECONDS", help="for one answer (default: %(default)g)")
     add("--wait", type=_seconds, metavar="SECONDS", help="for the model to become ready first (default: no time)")
     return parser

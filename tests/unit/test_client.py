@@ -70,6 +70,15 @@ def always(answer: httpx.Response) -> Handler:
     return lambda _: httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
 
 
+def in_turn(handlers: list[Handler]) -> Handler:
+    """A server of which each request finds the next one of `handlers`."""
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        return handlers.pop(0)(request)
+
+    return handle
+
+
 class Ask(Protocol):
     """Calls one method of a client whose server is `handler`."""
 
@@ -572,6 +581,39 @@ def test_retries_lead_to_the_picture(ask: Ask) -> None:
     assert len(ask(lambda _: next(answers), "generate", "a", options={"retries": 1}).pictures) == 2
 
 
+def test_a_server_that_restarts_is_asked_again_until_it_takes_the_request(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversations, "LONGEST_BACKOFF", 0)
+    turns: list[Handler] = [always(refusal(503, "0")), refuse_connection, refuse_connection, json_answer]
+    assert len(ask(in_turn(turns), "generate", "a", options={"retries": 3}).pictures) == 2
+
+
+def test_pauses_double_while_a_server_restarts() -> None:
+    conversation = conversations.converse_infer(infer_call(), retries=7)
+    next(conversation)
+    refused = UnreachableError("No server can be reached.", restarting=True)
+    assert [conversation.throw(refused).delay for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    with pytest.raises(UnreachableError):
+        conversation.throw(refused)
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError, httpx.WriteError, httpx.ReadTimeout, httpx.RemoteProtocolError])
+def test_what_may_have_been_accepted_is_not_sent_again(ask: Ask, error: type[httpx.HTTPError]) -> None:
+    def breaks(_: httpx.Request) -> httpx.Response:
+        raise error("")
+
+    turns: list[Handler] = [always(refusal(503, "0")), breaks]
+    with pytest.raises(UnreachableError):
+        ask(in_turn(turns), "generate", "a", options={"retries": 5})
+
+
+def test_a_server_that_never_answered_is_not_waited_for(ask: Ask) -> None:
+    turns: list[Handler] = [refuse_connection]
+    with pytest.raises(UnreachableError, match="No server can be reached"):
+        ask(in_turn(turns), "generate", "a", options={"retries": 5})
+
+
 # --- Health ----------------------------------------------------------------------------------------------------
 
 
@@ -599,11 +641,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_impatient")
 def test_waiting_ends_when_the_model_is_ready(ask: Ask) -> None:
     handlers: list[Handler] = [refuse_connection, always(httpx.Response(502)), always(refusal(503)), json_answer]
-
-    def answer_in_turn(request: httpx.Request) -> httpx.Response:
-        return handlers.pop(0)(request)
-
-    ask(answer_in_turn, "wait_until_ready", 60)
+    ask(in_turn(handlers), "wait_until_ready", 60)
     assert not handlers
 
 
