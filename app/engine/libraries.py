@@ -13,11 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from app.engine.folders import Kind, ModelFolder
-from app.engine.single_files import SingleFile
+from app.engine.folders import Kind
+from app.engine.single_files import SingleFile, Source
 
 
-def import_libraries(sources: Iterable[ModelFolder | SingleFile], compiles: bool) -> None:
+def import_libraries(sources: Iterable[Source], compiles: bool) -> None:
     """Import all that the models take, and what the libraries say about it.
 
     Args:

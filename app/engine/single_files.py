@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from app.engine.checkpoints import Checkpoint, check_suffix, read_checkpoint
-from app.engine.folders import NAMES, Kind, is_model_folder, read_index, read_json
+from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_index, read_json
 from app.engine.scheduler_names import EDM
 from app.errors import ModelLoadFailed
 
@@ -88,9 +88,17 @@ class SingleFile:
         return self.checkpoint.path
 
     @property
+    def size(self) -> int:
+        return self.checkpoint.size
+
+    @property
     def schedule(self) -> dict[str, object]:
         """What the file itself knows better, for the scheduler."""
         return {entry: value for name, entry, value in VELOCITY if name in self.checkpoint.shapes}
+
+
+Source = ModelFolder | SingleFile
+"""What weights are read from."""
 
 
 def read_single_file(path: Path, config_dir: Path | None, flag: str, near: tuple[Path, ...] = ()) -> SingleFile:

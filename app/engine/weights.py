@@ -1,4 +1,4 @@
-"""From settings to a loaded model: which weights are meant, that they fit together, and the family that runs them.
+"""From settings to a loaded model: which weights are meant and that they fit together; `assembling.py` does the rest.
 
 Files are checked before torch is imported: what is wrong with them is told within a second, and the server answers
 HTTP meanwhile.
@@ -6,28 +6,20 @@ HTTP meanwhile.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.engine.family import Family
 from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_folder
 from app.engine.libraries import import_libraries
 from app.engine.ranks import Ranks
-from app.engine.single_files import SingleFile, read_single_file
+from app.engine.single_files import SingleFile, Source, read_single_file
 from app.errors import ModelLoadFailed
 from app.settings import Settings
 from app.start import Timeline, importing
-
-if TYPE_CHECKING:
-    from app.engine.loading import Format, Progress
-    from app.engine.optimization import Optimization
-    from app.engine.parallel import Parallel
-    from app.engine.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +28,7 @@ DEMO_WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
 DEFAULT_FLUX = "black-forest-labs/FLUX.1-schnell"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-ONE_AT_A_TIME = threading.Lock()
-"""Held while weights are read: to make a module that is empty at first, the libraries change torch for every thread."""
-
 Report = Callable[[str], None]
-Source = ModelFolder | SingleFile
 
 
 def load_family(
@@ -80,50 +68,12 @@ def load_family(
         logger.warning("a refiner is named but not loaded; --use_refiner loads it")
 
     say("importing torch")
-    sources = [source for source in (base, rest, refiner) if source is not None]
     with importing("torch"):
-        import_libraries(sources, compiles=settings.compiles)
+        import_libraries(filter(None, (base, rest, refiner)), compiles=settings.compiles)
 
-    import torch
+    from app.engine.assembling import assemble
 
-    from app.engine.loading import Format, Progress
-    from app.engine.optimization import choose_optimization
-    from app.engine.placement import choose_placement
-
-    parallel = None
-    with timeline.phase("device"):
-        if ranks is not None:
-            from app.engine.parallel import Parallel, own_device
-
-            settings = own_device(settings, ranks)
-        placement = choose_placement(settings)
-        if placement.device.type == "cuda":
-            # What does not ask where its tensors lie works on the GPU that is its thread's own.
-            torch.cuda.set_device(placement.device)
-        if ranks is not None:
-            say("meeting the other processes")
-            parallel = Parallel(ranks, placement.device)
-    optimization = choose_optimization(settings, placement)
-    numbers = Format(
-        placement.dtype,
-        placement.quantization_config(),
-        aligned=placement.device.type == "cpu",
-        device=placement.read_to,
-        shrinks=settings.quantization == "fp8",
-    )
-    logger.info("loading %s as %s on %s", base.path, placement.dtype, placement.device)
-    progress = Progress(say, sum(map(_size, sources)))
-    with timeline.phase("read"), ONE_AT_A_TIME:
-        components = _load_base(base, rest, numbers, progress)
-        others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
-    family = _make_family(settings, placement, optimization, parallel, base, components, refiner, others, say, timeline)
-    if optimization.compiles and optimization.sizes:
-        family.rehearsal_size = optimization.sizes[0]
-    if parallel is not None:
-        say("waiting for the other processes")
-        with timeline.phase("read"):
-            parallel.wait()
-    return family
+    return assemble(settings, base, rest, refiner, say, timeline, ranks)
 
 
 # --- Which weights ---------------------------------------------------------------------------------------------
@@ -275,124 +225,3 @@ def _rest_of_flux(settings: Settings, file: SingleFile, report: Report) -> Model
     if rest.kind is not Kind.FLUX:
         raise ModelLoadFailed(f"{folder} holds {NAMES[rest.kind]}, but {file.path} is a part of a FLUX model.")
     return rest
-
-
-def _size(source: Source) -> int:
-    return source.checkpoint.size if isinstance(source, SingleFile) else source.size
-
-
-# --- Reading them ----------------------------------------------------------------------------------------------
-
-
-def _load_base(source: Source, rest: ModelFolder | None, numbers: Format, progress: Progress) -> dict[str, Any]:
-    if isinstance(source, ModelFolder):
-        from app.engine.loading import load_folder
-
-        return load_folder(source, numbers, progress)
-
-    from app.engine import converting
-
-    if rest is not None:
-        return converting.load_flux_file(source, rest, numbers, progress)
-    return converting.load_sdxl_file(source, numbers, progress, "config_dir")
-
-
-def _load_refiner(
-    source: Source, base: Source, components: dict[str, Any], numbers: Format, progress: Progress
-) -> dict[str, Any]:
-    """The refiner's components; those that equal the base's are the base's own."""
-    from app.engine import loading
-
-    if isinstance(source, ModelFolder):
-        known = loading.shared_components(source, base, components) if isinstance(base, ModelFolder) else {}
-        loaded = loading.load_folder(source, numbers, progress, known=known)
-    else:
-        from app.engine import converting
-
-        tokenizer = {"tokenizer_2": components["tokenizer_2"]} if source.shipped else {}
-        loaded = converting.load_sdxl_file(source, numbers, progress, "refiner_config_dir", tokenizer)
-    shared = loading.share(loaded, components)
-    if shared:
-        logger.info("the refiner shares %s with the base: its memory is paid once", " and ".join(sorted(shared)))
-    return loaded
-
-
-def _make_family(
-    settings: Settings,
-    placement: Placement,
-    optimization: Optimization,
-    parallel: Parallel | None,
-    base: Source,
-    components: dict[str, Any],
-    refiner: Source | None,
-    others: dict[str, Any] | None,
-    report: Report,
-    timeline: Timeline,
-) -> Family[Any]:
-    import diffusers
-
-    from app.engine.adapters import load_adapters
-    from app.engine.placement import place, store_as_fp8
-
-    if base.kind is Kind.FLUX:
-        pipeline = diffusers.FluxPipeline(**components)
-    else:
-        kind = diffusers.StableDiffusionXLPipeline
-        pipeline = kind(**components, **_options(base, kind), add_watermarker=False)
-    second = None
-    if refiner is not None and others is not None:
-        kind = diffusers.StableDiffusionXLImg2ImgPipeline
-        options = _options(refiner, kind)
-        second = kind(text_encoder=None, tokenizer=None, **others, **options, add_watermarker=False)
-    # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
-    with timeline.phase("read"), ONE_AT_A_TIME:
-        adapters = load_adapters(pipeline, settings.lora)
-    parts = _parts([("", components), ("refiner's ", others or {})])
-    for name, part in parts.items():
-        if name.endswith("vae"):
-            if settings.vae_tiling:
-                part.enable_tiling()
-            if settings.vae_slicing:
-                part.enable_slicing()
-    with timeline.phase("device"):
-        for name, part in parts.items():
-            if name.endswith(("unet", "transformer")) and settings.quantization == "fp8":
-                store_as_fp8(part, placement.dtype)
-        place(parts, placement, report)
-
-    if adapters is not None and optimization.compiles:
-        from app.engine.merged_adapters import MergedAdapters
-
-        adapters = MergedAdapters(pipeline, adapters.scales)
-    family: Family[Any]
-    if base.kind is Kind.FLUX:
-        from app.engine.flux import FluxFamily
-
-        family = FluxFamily(pipeline, adapters, optimization, parallel)
-    else:
-        from app.engine.sdxl import SdxlFamily
-
-        family = SdxlFamily(pipeline, second, adapters, optimization)
-    family.interleaves = placement.interleaves
-    return family
-
-
-def _options(source: Source, pipeline: type[Any]) -> dict[str, bool]:
-    """What the source's index says, as far as `pipeline` takes it: the index may be another pipeline's."""
-    from app.engine.loading import pipeline_options
-
-    options = source.options if isinstance(source, ModelFolder) else pipeline_options(source.config)
-    taken = inspect.signature(pipeline.__init__).parameters
-    return {name: value for name, value in options.items() if name in taken}
-
-
-def _parts(sources: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Every module once, by a name for people."""
-    from torch import nn
-
-    parts: dict[str, Any] = {}
-    for prefix, components in sources:
-        for name, component in components.items():
-            if isinstance(component, nn.Module) and not any(component is part for part in parts.values()):
-                parts[f"{prefix}{name}"] = component
-    return parts
