@@ -7,9 +7,10 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 import pytest
@@ -57,6 +58,16 @@ const timer = setInterval(() => {
 </script>""".replace("PICTURE", EXAMPLE_IMAGE)
 """What somebody does whose answer holds more pictures than fit beside each other, and who has seen enough of them."""
 
+READ = """<script>
+const timer = setInterval(() => {
+  const cell = document.querySelector(".renderedMarkdown td");
+  if (!cell) return;
+  clearInterval(timer);
+  document.title = `${getComputedStyle(cell).color} on ${getComputedStyle(document.documentElement).backgroundColor}`;
+}, 100);
+</script>"""
+"""What somebody sees who reads a table of a description."""
+
 
 class Proxy:
     """In front of a server: serves it under a prefix and nothing else, and adds a script to its page."""
@@ -97,13 +108,17 @@ def serve(script: str, **settings: str) -> Iterator[str]:
         thread.join()
 
 
+class Browse(Protocol):
+    def __call__(self, url: str, *flags: str) -> str: ...
+
+
 @pytest.fixture
-def browse(tmp_path: Path) -> Callable[[str], str]:
+def browse(tmp_path: Path) -> Browse:
     """Opens an address in a browser and gives the page as it is in the end."""
 
-    def browse(url: str) -> str:
+    def browse(url: str, *more: str) -> str:
         assert CHROMIUM is not None
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+        flags = [*more, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
         # Seconds of the page's own clock, which stands still while it waits for an answer.
         flags += ["--virtual-time-budget=20000", "--dump-dom"]
         result = subprocess.run([CHROMIUM, *flags, url], capture_output=True, text=True, check=True, timeout=300)
@@ -113,7 +128,7 @@ def browse(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/"])
-def test_the_page_opens_and_paints_under_a_prefix(path: str, browse: Callable[[str], str]) -> None:
+def test_the_page_opens_and_paints_under_a_prefix(path: str, browse: Browse) -> None:
     with serve(TRY.replace("OPERATION", "Pictures-infer")) as url:
         page = browse(f"{url}{path}")
     assert 'id="operations-Pictures-infer"' in page
@@ -121,7 +136,7 @@ def test_the_page_opens_and_paints_under_a_prefix(path: str, browse: Callable[[s
     assert PICTURE.findall(page) == ["Picture 1 of 1"]
 
 
-def test_a_browser_opens_the_page_of_a_server_with_a_key_by_password(browse: Callable[[str], str]) -> None:
+def test_a_browser_opens_the_page_of_a_server_with_a_key_by_password(browse: Browse) -> None:
     with serve("", api_key="sesame") as url:
         page = browse(f"{url.replace('//', '//me:sesame@')}/docs")
     assert 'id="operations-Pictures-infer"' in page
@@ -129,13 +144,24 @@ def test_a_browser_opens_the_page_of_a_server_with_a_key_by_password(browse: Cal
 
 
 @pytest.mark.parametrize("operation", ["Pictures-generate_stream", "Protocol v1-v1_predict"])
-def test_the_page_shows_what_streams_and_protocol_v1_paint(operation: str, browse: Callable[[str], str]) -> None:
+def test_the_page_shows_what_streams_and_protocol_v1_paint(operation: str, browse: Browse) -> None:
     with serve(TRY.replace("OPERATION", operation.replace(" ", "_"))) as url:
         page = browse(f"{url}/docs#/{operation.replace('-', '/')}")
     assert PICTURE.findall(page) == ["Picture 1 of 1"]
 
 
-def test_pictures_that_are_too_many_for_the_window_can_be_scrolled_to_and_hidden(browse: Callable[[str], str]) -> None:
+def test_pictures_that_are_too_many_for_the_window_can_be_scrolled_to_and_hidden(browse: Browse) -> None:
     with serve(LOOK_AT_SIXTEEN) as url:
         page = browse(f"{url}/docs")
     assert "<title>true true none</title>" in page
+
+
+@pytest.mark.parametrize(
+    ("scheme", "colours"),
+    [("0", "rgb(228, 230, 230) on rgb(28, 32, 34)"), ("1", "rgb(59, 65, 81) on rgba(0, 0, 0, 0)")],
+    ids=["dark", "light"],
+)
+def test_the_page_can_be_read_in_the_dark_and_in_the_light(browse: Browse, scheme: str, colours: str) -> None:
+    with serve(READ) as url:
+        page = browse(f"{url}/docs", f"--blink-settings=preferredColorScheme={scheme}")
+    assert f"<title>{colours}</title>" in page
