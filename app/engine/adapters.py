@@ -105,6 +105,10 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         with contextlib.suppress(OSError):  # of a path that cannot be looked at, which the check tells
             if path.is_dir():
                 path /= FILE
+            elif path.exists() and path.suffix != SUFFIX:
+                raise ModelLoadFailed(
+                    f"The adapter {path} is no {SUFFIX} file; convert it, other formats are not read."
+                )
         _check_file(path)
         logger.info("loading the adapter %s from %s", name, path)
         try:
@@ -147,8 +151,6 @@ def parse_reference(reference: str) -> tuple[str, Path, float]:
 
 def _check_file(path: Path) -> None:
     """Only whole ``.safetensors`` files are read, as the others could run code, and only what diffusers reads whole."""
-    if path.suffix != SUFFIX:
-        raise ModelLoadFailed(f"The adapter {path} is no {SUFFIX} file; convert it, other formats are not read.")
     try:
         names = read_checkpoint(path).shapes
     except ModelLoadFailed as error:
