@@ -101,7 +101,7 @@ def _check_time(certfile: Path, context: ssl.SSLContext) -> None:
         with contextlib.suppress(ssl.SSLError):  # among them that it waits for the other side
             side.do_handshake()
     try:
-        dates: Any = theirs.getpeercert() or {}
+        dates: Any = theirs.getpeercert()
     except ValueError:  # not for a server: clients that mind will say so
         return
     if time.time() > ssl.cert_time_to_seconds(dates["notAfter"]):

@@ -105,7 +105,7 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         with contextlib.suppress(OSError):  # of a path that cannot be looked at, which the check tells
             if path.is_dir():
                 path /= FILE
-            elif path.exists() and path.suffix != SUFFIX:
+            elif path.exists() and path.suffix != SUFFIX:  # others could run code
                 raise ModelLoadFailed(
                     f"The adapter {path} is no {SUFFIX} file; convert it, other formats are not read."
                 )
@@ -150,7 +150,7 @@ def parse_reference(reference: str) -> tuple[str, Path, float]:
 
 
 def _check_file(path: Path) -> None:
-    """Only whole ``.safetensors`` files are read, as the others could run code, and only what diffusers reads whole."""
+    """Only whole files are read, and only what diffusers reads whole."""
     try:
         names = read_checkpoint(path).shapes
     except ModelLoadFailed as error:

@@ -165,11 +165,11 @@ def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelLoadFailed, match=message) as caught:
             load_adapters(pipeline, [f"x={tmp_path / name}"])
         assert name in str(caught.value)
-    for folder_or_file in ("", ".safetensors"):
-        with pytest.raises(ModelLoadFailed, match=rf"missing{folder_or_file} does not exist"):
-            load_adapters(pipeline, [f"x={tmp_path}/missing{folder_or_file}"])
+    for ending in ("", ".safetensors"):
+        with pytest.raises(ModelLoadFailed, match=rf"missing{ending} does not exist"):
+            load_adapters(pipeline, [f"x={tmp_path}/missing{ending}"])
         with pytest.raises(ModelLoadFailed, match="cannot be read"):
-            load_adapters(pipeline, [f"x={tmp_path}/{'long' * 100}{folder_or_file}"])
+            load_adapters(pipeline, [f"x={tmp_path}/{'long' * 100}{ending}"])
     vae = DEMO_WEIGHTS / "sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ModelLoadFailed, match=r"adapter in .*diffusion_pytorch_model"):
         load_adapters(pipeline, [f"x={vae}"])
