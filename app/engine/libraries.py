@@ -26,9 +26,8 @@ def import_libraries(sources: Iterable[Source], compiles: bool) -> None:
     """
     # Read once, when diffusers is imported: the files that a model is spread over are read side by side.
     os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
-    # Each scheduler imports it for the noise levels of a beta distribution, which few requests want.
-    sys.modules.setdefault("scipy.stats", _Later("scipy.stats"))
     _look_for_models_once()
+    _leave_scipy_for_later()
     _quieten()
 
     from app.engine import adapters, placement  # noqa: F401
@@ -52,7 +51,8 @@ class _Later(ModuleType):
     """Stands for a module until somebody uses what is in it."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked of every module, by who looks for one
+        # Others that begin so are asked of every module, by who looks for one; the path, by who imports a part of this.
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
@@ -74,6 +74,24 @@ def _look_for_models_once() -> None:
 
 def _folder(path: Path) -> Path:
     return path.parent if path.is_file() else path
+
+
+def _leave_scipy_for_later() -> None:
+    """Import it when a request wants it, as it takes longer than this whole server.
+
+    Diffusers' schedulers take it for the noise levels of a beta distribution and for LMS, transformers for the training
+    of models that find objects.
+    """
+    for name in ("scipy.stats", "scipy.integrate"):
+        sys.modules.setdefault(name, _Later(name))
+    import transformers.utils
+
+    available = transformers.utils.is_scipy_available
+    transformers.utils.is_scipy_available = lambda: False
+    try:
+        import transformers.modeling_utils
+    finally:
+        transformers.utils.is_scipy_available = available
 
 
 def _quieten() -> None:
