@@ -27,8 +27,8 @@ def import_libraries(sources: Iterable[Source], compiles: bool) -> None:
     # Read once, when diffusers is imported: the files that a model is spread over are read side by side.
     os.environ.setdefault("HF_ENABLE_PARALLEL_LOADING", "true")
     _look_for_models_once()
-    _leave_scipy_for_later()
     _quieten()
+    _leave_scipy_for_later()
 
     from app.engine import adapters, placement  # noqa: F401
     from app.engine.loading import component_class
