@@ -207,8 +207,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="picture of the latencies (needs matplotlib)")
     given = parser.parse_args(arguments)
 
+    if given.clients < 1:
+        parser.error(f"--clients must be 1 or more, not {given.clients}")
+    fewest, most = given.steps
+    if not 1 <= fewest <= most:
+        parser.error(f"--steps must be the fewest, from 1, and then the most, not {fewest} {most}")
+
     generator = Generator(given.url, given.model, api_key=given.api_key)
-    mix = Mix(steps=tuple(given.steps), seed=given.seed)
+    mix = Mix(steps=(fewest, most), seed=given.seed)
     if given.rate is not None:
         load = asyncio.run(generator.open(given.rate, given.seconds, mix))
     else:

@@ -150,3 +150,10 @@ def test_a_run_that_would_not_begin_or_not_end_is_refused(
     with pytest.raises(SystemExit):
         main(["--url", "http://127.0.0.1:9", flag, value])
     assert "must be a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--clients 0", "--steps 5 2", "--steps 0 2"])
+def test_a_run_of_nobody_or_of_no_steps_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--url", "http://127.0.0.1:9", "--seconds", "0.1", *flags.split()])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m clients.bench: error: {flags[:7]}")
