@@ -167,8 +167,9 @@ def _plain(path: str) -> str:
 class Edge:
     """ASGI middleware: gives each request an id, checks its key, and reads ``/path/`` as ``/path``."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, access_log: AccessLog | None) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, access_log: AccessLog | None, documented: bool) -> None:
         self._app = app
+        self._documented = documented
         self._access_log = access_log
         self._api_key = api_key.encode() if api_key else None
 
@@ -202,7 +203,7 @@ class Edge:
             await send(message)
 
         try:
-            is_page = PAGE.fullmatch(path) is not None and method in ("GET", "HEAD")
+            is_page = self._documented and PAGE.fullmatch(path) is not None and method in ("GET", "HEAD")
             if self._api_key is None or path in OPEN_PATHS or self._authorized(headers, is_page):
                 await self._app(scope, receive, send_with_id)
             else:

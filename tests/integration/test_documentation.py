@@ -490,6 +490,13 @@ async def test_the_page_can_be_turned_off() -> None:
             assert answer.status_code == 404 and set(answer.json()) == {"error"}
 
 
+async def test_a_page_that_is_turned_off_asks_browsers_for_no_password() -> None:
+    async with serve(enable_docs_url=False, api_key="secret") as client:
+        for password in ("secret", "another"):
+            answer = await client.get("/docs", auth=("", password))
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+
+
 async def test_a_method_that_a_path_lacks_is_told_with_those_that_it_has(client: httpx.AsyncClient) -> None:
     answer = await client.put(INFER)
     assert answer.status_code == 405 and answer.headers["allow"] == "POST" and set(answer.json()) == {"error"}
