@@ -43,7 +43,8 @@ from app.errors import (
 from app.generation import GenerateRequest
 from app.protocol.oip import MODEL_VERSION
 from app.sentences import nearest
-from app.settings import Settings, find_termination_log, load_settings, read_other_keys
+from app.settings import Settings
+from app.settings_sources import find_termination_log, load_settings, read_other_keys
 from app.telemetry import METRICS_CONTENT_TYPE, AccessLog, Telemetry, configure_logging
 
 logger = logging.getLogger(__name__)

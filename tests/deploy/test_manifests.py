@@ -16,7 +16,8 @@ import yaml
 
 from app.errors import InvalidSettings
 from app.main import create_app
-from app.settings import Settings, load_settings
+from app.settings import Settings
+from app.settings_sources import load_settings
 from deploy.generate import files
 from tests.deploy.manifests import (
     DEPLOY,

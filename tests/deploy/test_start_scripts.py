@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.settings import Settings, load_settings
+from app.settings import Settings
+from app.settings_sources import load_settings
 from tests.deploy.manifests import DEPLOY, ROOT
 from tests.e2e.conftest import LISTENING, START_SECONDS, clean_environment
 

@@ -18,7 +18,8 @@ import httpx
 import pytest
 
 from app.errors import InvalidSettings
-from app.settings import Settings, load_settings
+from app.settings import Settings
+from app.settings_sources import load_settings
 from tests.e2e.conftest import Server, clean_environment
 
 TIMEOUT = 300

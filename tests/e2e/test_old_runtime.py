@@ -19,7 +19,7 @@ from PIL import Image
 
 from app.engine.flux import FluxFamily
 from app.engine.sdxl import SdxlFamily
-from app.settings import load_settings
+from app.settings_sources import load_settings
 from tests import exporting
 from tests.e2e.conftest import Server, running_server
 from tests.hub import Hub, serving

@@ -9,7 +9,8 @@ import pytest
 from app.engine.gpus import count_gpus
 from app.errors import InvalidSettings
 from app.main import count_replicas
-from app.settings import Settings, load_settings
+from app.settings import Settings
+from app.settings_sources import load_settings
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from app.errors import InvalidSettings
-from app.settings import Settings, load_settings
+from app.settings import Settings
+from app.settings_sources import load_settings
 
 NOWHERE = Path("/nonexistent/.env")
 

@@ -11,7 +11,7 @@ import pytest
 from app.api.tls import read_certificate
 from app.errors import InvalidSettings
 from app.main import main
-from app.settings import load_settings
+from app.settings_sources import load_settings
 from tests.certificates import make_certificate
 
 NOWHERE = Path("/nonexistent/.env")
