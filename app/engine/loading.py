@@ -24,7 +24,7 @@ import transformers
 from app.engine import clip_vocabulary
 from app.engine.checkpoints import AGAIN
 from app.engine.folders import INDEX, Component, ModelFolder, read_json, read_options
-from app.errors import ModelLoadFailed
+from app.errors import ModelLoadFailed, first_line
 from app.sentences import amount
 
 logger = logging.getLogger(__name__)
@@ -231,9 +231,8 @@ def told(where: str) -> Iterator[None]:
             f"There is too little memory for {where}; free some, or take --dtype, --quantization or another --device."
         ) from None
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        said = f"tensor {error} is missing" if isinstance(error, KeyError) else (lines[0] if lines else repr(error))
-        raise ModelLoadFailed(f"{where} cannot be loaded: {said.rstrip('.')}.") from error
+        said = f"tensor {error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise ModelLoadFailed(f"{where} cannot be loaded: {said}.") from error
 
 
 # --- What is shared --------------------------------------------------------------------------------------------
