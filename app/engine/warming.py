@@ -12,6 +12,7 @@ from app.engine.family import Family
 from app.engine.optimization import Optimization
 from app.errors import OutOfMemory
 from app.generation import GenerateRequest
+from app.sentences import counted
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def warm(
             for rows in optimization.row_counts(width * height, compiler.graphs):
                 if rows >= too_many:
                     continue
-                what = f"{width} x {height} pixels, {rows} {'row' if rows == 1 else 'rows'}"
+                what = f"{width} x {height} pixels, {counted(rows, 'row')}"
                 logger.info("compiling for %s", what)
                 report(f"compiling for {what}")
                 try:
