@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from app.engine import loading
-from app.engine.adapters import load_adapters
+from app.engine.adapters import Adapters, load_adapters
 from app.engine.family import Family
 from app.engine.folders import Kind, ModelFolder
 from app.engine.loading import Format, Progress
@@ -86,10 +86,16 @@ def assemble(
     progress = Progress(report, sum(source.size for source in (base, rest, refiner) if source is not None))
     with timeline.phase("read"), ONE_AT_A_TIME:
         components = _load_base(base, rest, numbers, progress)
-        others = None if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
-    family = _make_family(
-        settings, placement, optimization, parallel, base, components, refiner, others, report, timeline
-    )
+        others = {} if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
+    pipeline = _make_base(base, components)
+    second = None if refiner is None else _make_refiner(refiner, others)
+    # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
+    with timeline.phase("read"), ONE_AT_A_TIME:
+        adapters = load_adapters(pipeline, settings.lora)
+    with timeline.phase("device"):
+        _place(_parts([("", components), ("refiner's ", others)]), settings, placement, report)
+    family = _make_family(base.kind, pipeline, second, adapters, optimization, parallel)
+    family.interleaves = placement.interleaves
     if optimization.compiles and optimization.sizes:
         family.rehearsal_size = optimization.sizes[0]
     if parallel is not None:
@@ -131,59 +137,20 @@ def _load_refiner(
     return loaded
 
 
-def _make_family(
-    settings: Settings,
-    placement: Placement,
-    optimization: Optimization,
-    parallel: Parallel | None,
-    base: Source,
-    components: dict[str, Any],
-    refiner: Source | None,
-    others: dict[str, Any] | None,
-    report: Report,
-    timeline: Timeline,
-) -> Family[Any]:
+# --- Putting them together -------------------------------------------------------------------------------------
+
+
+def _make_base(base: Source, components: dict[str, Any]) -> Any:
     if base.kind is Kind.FLUX:
-        pipeline = diffusers.FluxPipeline(**components)
-    else:
-        kind = diffusers.StableDiffusionXLPipeline
-        pipeline = kind(**components, **_options(base, kind), add_watermarker=False)
-    second = None
-    if refiner is not None and others is not None:
-        kind = diffusers.StableDiffusionXLImg2ImgPipeline
-        options = _options(refiner, kind)
-        second = kind(text_encoder=None, tokenizer=None, **others, **options, add_watermarker=False)
-    # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.
-    with timeline.phase("read"), ONE_AT_A_TIME:
-        adapters = load_adapters(pipeline, settings.lora)
-    parts = _parts([("", components), ("refiner's ", others or {})])
-    for name, part in parts.items():
-        if name.endswith("vae"):
-            if settings.vae_tiling:
-                part.enable_tiling()
-            if settings.vae_slicing:
-                part.enable_slicing()
-    with timeline.phase("device"):
-        for name, part in parts.items():
-            if name.endswith(("unet", "transformer")) and settings.quantization == "fp8":
-                store_as_fp8(part, placement.dtype)
-        place(parts, placement, report)
+        return diffusers.FluxPipeline(**components)
+    kind = diffusers.StableDiffusionXLPipeline
+    return kind(**components, **_options(base, kind), add_watermarker=False)
 
-    if adapters is not None and optimization.compiles:
-        from app.engine.merged_adapters import MergedAdapters
 
-        adapters = MergedAdapters(pipeline, adapters.scales)
-    family: Family[Any]
-    if base.kind is Kind.FLUX:
-        from app.engine.flux import FluxFamily
-
-        family = FluxFamily(pipeline, adapters, optimization, parallel)
-    else:
-        from app.engine.sdxl import SdxlFamily
-
-        family = SdxlFamily(pipeline, second, adapters, optimization)
-    family.interleaves = placement.interleaves
-    return family
+def _make_refiner(refiner: Source, components: dict[str, Any]) -> Any:
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    options = _options(refiner, kind)
+    return kind(text_encoder=None, tokenizer=None, **components, **options, add_watermarker=False)
 
 
 def _options(source: Source, pipeline: type[Any]) -> dict[str, bool]:
@@ -201,3 +168,37 @@ def _parts(sources: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
             if isinstance(component, nn.Module) and not any(component is part for part in parts.values()):
                 parts[f"{prefix}{name}"] = component
     return parts
+
+
+def _place(parts: dict[str, Any], settings: Settings, placement: Placement, report: Report) -> None:
+    """Bring every part to where it belongs, as the settings want it."""
+    for name, part in parts.items():
+        if name.endswith("vae"):
+            if settings.vae_tiling:
+                part.enable_tiling()
+            if settings.vae_slicing:
+                part.enable_slicing()
+        if name.endswith(("unet", "transformer")) and settings.quantization == "fp8":
+            store_as_fp8(part, placement.dtype)
+    place(parts, placement, report)
+
+
+def _make_family(
+    kind: Kind,
+    pipeline: Any,
+    refiner: Any,
+    adapters: Adapters | None,
+    optimization: Optimization,
+    parallel: Parallel | None,
+) -> Family[Any]:
+    if adapters is not None and optimization.compiles:
+        from app.engine.merged_adapters import MergedAdapters
+
+        adapters = MergedAdapters(pipeline, adapters.scales)
+    if kind is Kind.FLUX:
+        from app.engine.flux import FluxFamily
+
+        return FluxFamily(pipeline, adapters, optimization, parallel)
+    from app.engine.sdxl import SdxlFamily
+
+    return SdxlFamily(pipeline, refiner, adapters, optimization)
