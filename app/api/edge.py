@@ -284,15 +284,21 @@ def infer_response(answer: bytes, json_length: int | None) -> Response:
 # --- Waiting ---------------------------------------------------------------------------------------------------
 
 
+def pictures_of(ticket: Ticket) -> asyncio.Future[Generation]:
+    """The ticket's pictures, or why there are none, for this event loop."""
+    pictures: asyncio.Future[Generation] = asyncio.wrap_future(ticket.future)
+    # Nobody may be left to look at the outcome; that is no reason for a warning about it.
+    pictures.add_done_callback(lambda future: future.cancelled() or future.exception())
+    return pictures
+
+
 async def wait_for(ticket: Ticket, request: Request) -> Generation:
     """The ticket's pictures; when the client hangs up first, and nobody else waits for it, the ticket is cancelled.
 
     Raises:
         GenerationFailed: as the ticket ends.
     """
-    done: asyncio.Future[Generation] = asyncio.wrap_future(ticket.future)
-    # Nobody may be left to look at the outcome; that is no reason for a warning about it.
-    done.add_done_callback(lambda future: future.cancelled() or future.exception())
+    done = pictures_of(ticket)
     gone = asyncio.ensure_future(hung_up(request))
     try:
         waited: list[asyncio.Future[Any]] = [done, gone]

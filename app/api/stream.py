@@ -191,8 +191,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def _run(self, send: Send) -> None:
-        done: asyncio.Future[Generation] = asyncio.wrap_future(self._ticket.future)
-        done.add_done_callback(lambda future: future.cancelled() or future.exception())
+        done = edge.pictures_of(self._ticket)
         gone = asyncio.ensure_future(edge.hung_up(self._request))
         try:
             while not done.done():
