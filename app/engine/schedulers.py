@@ -133,6 +133,9 @@ class Schedulers:
             raise InvalidRequest(
                 f"The scheduler {request.scheduler} cannot do {asked}; {instead} or take another scheduler."
             ) from None
+        if hasattr(scheduler, "get_lms_coefficient"):
+            # Has it import scipy now: in the first step, that would pass for what a step takes.
+            scheduler.get_lms_coefficient(1, 0, 0)
         timesteps: torch.Tensor = scheduler.timesteps
         return scheduler, timesteps
 
