@@ -36,6 +36,7 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "image_strength": ("strength",),
         "refiner_start": ("denoising_limit",),
         "switch_at": ("denoising_limit",),
+        "denoising_start": ("denoising_limit",),
         "lora": ("loras",),
         "adapters": ("loras",),
         "lora_scale": ("loras",),

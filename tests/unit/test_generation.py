@@ -181,6 +181,7 @@ def test_the_nearest_known_name_is_suggested_only_when_it_is_near() -> None:
         ("true_cfg_scal", "true_cfg_scale"),
         ("guidance_scal", "guidance_scale"),
         ("sampler_index", "scheduler"),
+        ("denoising_start", "denoising_limit"),
     ],
 )
 def test_a_misspelt_word_of_others_is_understood_too(name: str, meant: str) -> None:
