@@ -86,12 +86,12 @@ def _leave_scipy_for_later() -> None:
         sys.modules.setdefault(name, _Later(name))
     import transformers.utils
 
-    available = transformers.utils.is_scipy_available
     transformers.utils.is_scipy_available = lambda: False
     try:
         import transformers.modeling_utils
     finally:
-        transformers.utils.is_scipy_available = available
+        # Not what was there before: several models may be loaded at once.
+        transformers.utils.is_scipy_available = transformers.utils.import_utils.is_scipy_available
 
 
 def _quieten() -> None:
