@@ -34,10 +34,7 @@ STOCK = {
 """The stock pipeline of each task; its ``__call__`` has the defaults."""
 SCORES = ("aesthetic_score", "negative_aesthetic_score")
 NEGATIVE_SIZES = ("negative_original_size", "negative_crops_coords_top_left", "negative_target_size")
-SCHEDULE = (
-    *("scheduler", *OPTIONS, *CUSTOM, "num_inference_steps", "strength"),
-    *("denoising_limit", "denoising_end"),
-)
+SCHEDULE = ("scheduler", *OPTIONS, *CUSTOM, "num_inference_steps", "strength", "denoising_limit", "denoising_end")
 """Parameters that say which steps there are."""
 
 
@@ -163,7 +160,7 @@ class SdxlRequests:
             sentences += self._lone_sizes(request)
         elif self._only_base(request) and request.negative_crops_coords_top_left is not None:
             # The stock pipelines give the negative prompt the prompt's own.
-            sentences += no_effect([NEGATIVE_SIZES[1]], "with an image")
+            sentences += no_effect(["negative_crops_coords_top_left"], "with an image")
         sentences += self._idle_refiner(request, guided)
         sentences += self._base.schedulers.warnings(request)
         if request.sigmas and request.sigmas[-1] > 0:
@@ -181,7 +178,8 @@ class SdxlRequests:
         default = self._defaults[ImageTask.IMAGE_TO_IMAGE]
         scores = [name for name in SCORES if getattr(request, name) != default[name]]
         if len(parts_of(request, self._base, self._refiner)) > 1:
-            return [] if guided else no_effect([name for name in scores if name == SCORES[1]], "without guidance")
+            negative = [name for name in scores if name == "negative_aesthetic_score"]
+            return [] if guided else no_effect(negative, "without guidance")
         sentences = no_effect(scores, "where the refiner has no steps to do")
         if request.denoising_limit is not None and request.denoising_limit < 1:
             sentences += no_effect(["denoising_limit"], "where denoising_end is not behind it")
@@ -190,10 +188,10 @@ class SdxlRequests:
     def _lone_sizes(self, request: GenerateRequest) -> list[str]:
         """The stock base wants both sizes of the negative prompt, or none of its three counts."""
         given_sizes = [name for name in NEGATIVE_SIZES if getattr(request, name) is not None]
-        missing = [name for name in (NEGATIVE_SIZES[0], NEGATIVE_SIZES[2]) if name not in given_sizes]
+        missing = [name for name in ("negative_original_size", "negative_target_size") if name not in given_sizes]
         if not self._only_base(request):
-            # The refiner reads the first two by themselves.
-            given_sizes = [name for name in given_sizes if name == NEGATIVE_SIZES[2]]
+            # The refiner reads the other two by themselves.
+            given_sizes = [name for name in given_sizes if name == "negative_target_size"]
         return no_effect(given_sizes, f"without {' and '.join(missing)}") if missing else []
 
     def _only_base(self, request: GenerateRequest) -> bool:
