@@ -52,7 +52,11 @@ class Caution:
 def schedule(tickets: Iterable[Ticket], costs: Costs, devices: int = 1) -> dict[Ticket, float]:
     """The seconds until each ticket is likely to be done, most urgent first: the policy, played forward.
 
-    Several devices share the work, but one picture is painted by one of them.
+    Say that a pass takes 1 second for one row and 1.5 for two. Of two tickets with one row each, the first wants 4
+    steps and the second 10. Both share 4 passes, so that the first is done after 6 seconds; the second has 6 more
+    passes for itself and is done after 12.
+
+    Several devices share the work, but one picture is painted by one of them: with two, these are 4 and 10 seconds.
     """
     ordered = sorted(tickets, key=lambda ticket: (ticket.due, ticket.number))
     done = _play([(rank, image) for rank, ticket in enumerate(ordered) for image in ticket.images], costs)
@@ -175,6 +179,10 @@ def check_seconds(
     caution: float,
 ) -> None:
     """Refuse what would be late, would make others late, or would make the queue too long.
+
+    In this order: it would miss its deadline alone; it would among the others, taking `caution` times as long as
+    forecast; it would make another one miss a deadline that is met without it, at half as much doubt; the queue would
+    hold more than `most` seconds of work.
 
     Args:
         new: who wants in.

@@ -151,6 +151,14 @@ class Compiled:
         self._told: set[Hashable] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result, whichever form gives it.
+
+        While warming, the compiled form, and the shape counts as warmed. Later, for a shape that
+
+        - was warmed: the compiled form; of CUDA graphs the one that was recorded for these exact lengths, if any,
+        - was not: the function as written, counted as unexpected,
+        - was warmed, and torch would compile anew all the same: likewise, from then on.
+        """
         args, kwargs = pytree.tree_map_only(torch.Tensor, _settle, (args, kwargs))
         exact = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         rows = exact[0][0]

@@ -229,7 +229,12 @@ class SdxlFamily(Family[SdxlJob]):
     def _latents(
         self, request: GenerateRequest, leg: Leg, generator: torch.Generator, dtype: torch.dtype
     ) -> tuple[torch.Tensor, Inpainting | None]:
-        """``[1, c, h / 8, w / 8]``; random numbers are drawn in the order of the stock pipelines."""
+        """Latents ``[1, c, h / 8, w / 8]`` before the first step, and what inpainting keeps.
+
+        They begin as noise without an image, and where a mask comes with a strength of 1; else as the image's own
+        latents with noise added. What a mask does not cover is kept of the image's latents; a UNet with nine channels
+        reads the masked image's latents in their stead. Random numbers are drawn in the order of the stock pipelines.
+        """
         assert request.height and request.width
         channels = leg.part.vae.module.config.latent_channels
         shape = (1, channels, request.height // self._factor, request.width // self._factor)
