@@ -211,7 +211,7 @@ class Settings(BaseModel):
         None, description="Format of the access log, such as '%(h)s %(r)s %(s)s %(L)s'; no access log unless given."
     )
 
-    # KServe's other model server flags, accepted so that existing manifests start; the log says that they do nothing.
+    # KServe's other model server flags, accepted so that existing manifests start; the log says which do nothing.
     grpc_port: int = Field(8081, ge=0, le=65535, description="Accepted for KServe; there is no gRPC port.")
     enable_grpc: bool = Field(True, description="Accepted for KServe; there is no gRPC port.")
     grpc_max_send_message_length: int = Field(8_388_608, description="Accepted for KServe; there is no gRPC port.")

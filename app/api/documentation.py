@@ -1,6 +1,7 @@
 """The OpenAPI document at /openapi.json and Swagger UI at /docs, whose files come with the server: no internet needed.
 
-What routes answer is told here, as arguments for their decorators; what they take is told in `infer_schema.py`.
+What routes answer is told here, as arguments for their decorators; what they take is told in `infer_schema.py`,
+`generate_schema.py` and `predict_schema.py`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from app.engine.single_files import SingleFile, Source
 
 
 def import_libraries(sources: Iterable[Source], compiles: bool) -> None:
-    """Import all that the models take, and what the libraries say about it.
+    """Import all that the models take, and quieten the libraries.
 
     Args:
         sources: of weights.

@@ -52,7 +52,7 @@ class Schedulers:
         self.names = EDM if self._default in EDM else tuple(NAMES)
         self._templates: dict[Hashable, Any] = {(self._default,): type(default).from_config(default.config)}
         self._known = {_key(self._default): self._default, "default": self._default}
-        # A class name means the class as the model configures it; common names win over nothing else.
+        # A class name means the class as the model configures it.
         for name, (class_name, _) in NAMES.items():
             self._known.setdefault(_key(class_name), class_name)
             self._known[_key(name)] = name
@@ -60,7 +60,7 @@ class Schedulers:
             self._known |= {_key(name): name for name in EDM}
 
     def resolve(self, request: GenerateRequest) -> str:
-        """The one spelling of the name of the scheduler that `request` asks for; ``None`` is the model's own.
+        """The one spelling of the scheduler's name; the model's own where the request names none.
 
         Raises:
             InvalidRequest: no such scheduler, or one that cannot do what else is asked of it.
