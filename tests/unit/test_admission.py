@@ -51,6 +51,19 @@ def test_passes_of_one_load_promise_no_gain_from_sharing() -> None:
     assert line(4) == pytest.approx(2.0) and line.fixed == 0
 
 
+@pytest.mark.parametrize(("devices", "seconds"), [(1, [6.0, 12.0]), (2, [4.0, 10.0])])
+def test_the_forecast_is_the_one_of_its_docstring(devices: int, seconds: list[float]) -> None:
+    queue = Simulation(Instant()).queue
+    request = GenerateRequest(prompt="", height=8, width=8, guidance_scale=1.0)
+    costs = Costs(most_rows=32, most_load=1e9)
+    for rows, took in ((1, 1.0), (2, 1.5)):
+        images = [Image(Ticket([request], [1], 0.0, 0.0, queue), request, 0, 1) for _ in range(rows)]
+        costs.stepped(images, took)
+    tickets = [Ticket([request], [steps], 0.0, 0.0, queue) for steps in (4, 10)]
+    forecast = admission.schedule(tickets, costs, devices)
+    assert [forecast[ticket] for ticket in tickets] == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize("kind", [Timed, RunsAhead])
 def test_the_first_picture_tells_what_the_next_ones_will_take(kind: type[Timed]) -> None:
     clock = Clock()
