@@ -41,6 +41,7 @@ bench: install
 	$(BIN)/python -m tests.benchmarks.start
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.overload
+	$(BIN)/python -m tests.benchmarks.lossy
 	$(BIN)/python -m tests.benchmarks.memory
 	$(BIN)/python -m tests.readme
 

@@ -93,6 +93,7 @@ def benchmarks() -> str:
         ("overload", "Three times too many requests"),
         ("soak", "Memory over time"),
         ("start", "How long a start takes"),
+        ("lossy", "What is changed of a picture by the choices that cost a little of it"),
         ("memory", "What each model needs in memory, computed from the full-size configurations"),
     ):
         text = (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
