@@ -6,12 +6,12 @@ same each time. Everything is computed in float32 on the CPU; what 8 bits are us
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FluxPipeline, StableDiffusionXLPipeline
 
@@ -32,24 +32,31 @@ PROMPTS = (
 )
 SEEDS = (1, 2)
 STEPS = 20
+KINDS: Mapping[str, tuple[str, str, Any, Any]] = {
+    "SDXL": ("sdxl", "unet", StableDiffusionXLPipeline, SdxlFamily),
+    "FLUX": ("flux", "transformer", FluxPipeline, FluxFamily),
+}
+"""Each model's folder, the part whose weights may be held in 8 bits, and the classes of its pipeline and family."""
 TRUE_CFG = {"true_cfg_scale": 2.0, "negative_prompt": "blue"}
 
 
-def sdxl(optimization: Optimization | None = None, stored: bool = False) -> Family[Any]:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO_WEIGHTS / "sdxl", dtype=torch.float32)
+def make(model: str, stored: bool = False, **optimization: Any) -> Family[Any]:
+    """The demo's family.
+
+    Args:
+        model: one of `KINDS`.
+        stored: hold the weights in 8 bits.
+        optimization: fields of `Optimization`.
+    """
+    folder, part, pipeline_kind, family_kind = KINDS[model]
+    pipeline = pipeline_kind.from_pretrained(DEMO_WEIGHTS / folder, dtype=torch.float32)
     if stored:
-        store_as_fp8(pipeline.unet, torch.float32)
-    return SdxlFamily(pipeline, optimization=optimization or Optimization())
+        store_as_fp8(getattr(pipeline, part), torch.float32)
+    family: Family[Any] = family_kind(pipeline, optimization=Optimization(**optimization))
+    return family
 
 
-def flux(optimization: Optimization | None = None, stored: bool = False) -> Family[Any]:
-    pipeline = FluxPipeline.from_pretrained(DEMO_WEIGHTS / "flux", dtype=torch.float32)
-    if stored:
-        store_as_fp8(pipeline.transformer, torch.float32)
-    return FluxFamily(pipeline, optimization=optimization or Optimization())
-
-
-def paint(family: Family[Any], **asked: Any) -> list[Any]:
+def paint(family: Family[Any], **asked: Any) -> list[np.ndarray]:
     return [
         ours(family, prompt=prompt, seed=seed, num_inference_steps=STEPS, **asked)
         for prompt in PROMPTS
@@ -57,31 +64,26 @@ def paint(family: Family[Any], **asked: Any) -> list[Any]:
     ]
 
 
-def measure() -> Iterator[tuple[str, str, list[float]]]:
-    """Each model, each choice, and the PSNR of each picture."""
-    for model, make, guided in (("SDXL", sdxl, {}), ("FLUX", flux, TRUE_CFG)):
-        full = functools.cache(lambda make=make, **asked: paint(make(), **asked))
-
-        def against(found: list[Any], full: Any = full, **asked: Any) -> list[float]:
-            return [psnr(*pair) for pair in zip(found, full(**asked), strict=True)]
-
-        in_8_bits = make(Optimization("safe", fp8=True))
-        yield model, "matrix products in 8 bits, as with `max`", against(paint(in_8_bits))
-        yield model, "`--quantization fp8`", against(paint(make(stored=True)))
-        allowing = make(Optimization("max", backend="eager"))
+def measure() -> Iterator[tuple[str, str, list[np.ndarray], list[np.ndarray]]]:
+    """Each model, each choice, and the pictures with it and in full."""
+    for model in KINDS:
+        off, allowing = make(model), make(model, level="max", backend="eager")
+        full = paint(off)
+        yield model, "matrix products in 8 bits, as with `max`", paint(make(model, level="safe", fp8=True)), full
+        yield model, "`--quantization fp8`", paint(make(model, stored=True)), full
+        guidance = TRUE_CFG if model == "FLUX" else {}
+        guided = paint(off, **guidance) if guidance else full
         for end in (0.9, 0.75, 0.5, 0.25):
-            found = paint(allowing, **guided, guidance_end=end)
-            yield model, f"`guidance_end` {end}", against(found, **guided)
-        if model == "FLUX":
-            for every in (2, 3, 4):
-                found = paint(make(Optimization("safe", step_cache=every)))
-                yield model, f"`--step_cache {every}`", against(found)
+            yield model, f"`guidance_end` {end}", paint(allowing, **guidance, guidance_end=end), guided
+        for every in (2, 3, 4) if model == "FLUX" else ():
+            yield model, f"`--step_cache {every}`", paint(make(model, level="safe", step_cache=every)), full
 
 
 def main() -> None:
     torch.set_num_threads(1)  # with another number a CPU rounds otherwise
     lines = ["| model | what | median, dB | least, dB |", "|---|---|--:|--:|"]
-    for model, what, found in measure():
+    for model, what, pictures, full in measure():
+        found = [psnr(*pair) for pair in zip(pictures, full, strict=True)]
         lines.append(f"| {model} | {what} | {statistics.median(found):.1f} | {min(found):.1f} |")
         print(lines[-1], flush=True)
     note = (
