@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loop.add_argument("--rate", type=positive, help="open loop: requests a second on average")
     parser.add_argument("--seconds", type=positive, default=30.0, help="how long to send requests")
     parser.add_argument("--steps", type=int, nargs=2, default=(10, 30), help="fewest and most denoising steps")
-    parser.add_argument("--slo", type=float, default=10.0, help="seconds within which a picture is in time")
+    parser.add_argument("--slo", type=positive, default=10.0, help="seconds within which a picture is in time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     parser.add_argument("--plot", type=Path, help="picture of the latencies (needs matplotlib)")

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.sentences import counted
+
 TITLES = {
     "sdxl": "SDXL",
     "sdxl-refiner": "SDXL with refiner",
@@ -38,10 +40,11 @@ def _note(results: Mapping[str, Any]) -> str:
     rates = sorted({float(f"{each['rate_tflops']:.3g}") for each in results["runs"]})
     rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
     what = "the demo's configurations" if results["small"] else "full-size models"
+    rounds = counted(run["rounds"], "round")
     return (
         f"{results['device']}, {run['dtype']}, torch {run['torch']}: {what} with random weights, "
         f"{results['side']} x {results['side']}, through the batcher with a server's own settings; medians of "
-        f"{run['rounds']} rounds in which the levels take turns. *floor*: what this device would need if it did "
+        f"{rounds} in which the levels take turns. *floor*: what this device would need if it did "
         f"nothing but matrix products in {run['dtype']}, at the {rate} TFLOP/s that were measured for large ones. "
         "*difference*: ‖out − reference‖ / ‖reference‖ from float32: the median over the steps of that of the "
         "prediction, each from the reference's own latents and embeddings, and that of the latents after the last step "

@@ -143,8 +143,8 @@ async def test_the_command_line_writes_what_it_measured(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("value", ["0", "nan", "inf"])
-@pytest.mark.parametrize("flag", ["--rate", "--seconds"])
-def test_a_run_that_would_not_begin_or_not_end_is_refused(
+@pytest.mark.parametrize("flag", ["--rate", "--seconds", "--slo"])
+def test_a_run_that_means_nothing_or_does_not_end_is_refused(
     flag: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
