@@ -149,8 +149,12 @@ class Exchange:
             await self._serving.bodies.discard(request)
             raise
         async with self._serving.bodies.read(request) as body:
-            call = parse(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(parse, body)
-            ticket = await self._submit(model, call, check, listener, edge.once(request, body))
+
+            def read() -> tuple[C, Once | None]:
+                return parse(body), edge.once(request, body)
+
+            call, once = read() if len(body) <= INLINE_BYTES else await asyncio.to_thread(read)
+            ticket = await self._submit(model, call, check, listener, once)
             return call.without_requests(), ticket
 
     async def _submit(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from app import images
-from app.api import oip
+from app.api import edge, oip
 from app.engine import repository
 from app.generation import GenerateRequest, Pixels
 from app.protocol.infer_request import parse_infer
@@ -56,16 +56,23 @@ async def test_large_bodies_and_images_are_read_away_from_the_event_loop(monkeyp
         threads["parse"] = threading.current_thread()
         return parse_infer(*arguments)
 
+    def once(*arguments: Any) -> Any:
+        threads["once"] = threading.current_thread()
+        return make_once(*arguments)
+
     def decode(files: Iterable[Any], max_pixels: int) -> list[Pixels]:
         threads["decode"] = threading.current_thread()
         return images.decode_images(files, max_pixels)
 
+    make_once = edge.once
     monkeypatch.setattr(oip, "parse_infer", parse)
+    monkeypatch.setattr(edge, "once", once)
     monkeypatch.setattr(repository, "decode_images", decode)
     async with running(Instant) as client:
         padded = encoded() + bytes(20_000_000)
-        assert (await client.post(INFER, json=message(padded))).status_code == 200
-    assert set(threads) == {"parse", "decode"}
+        answer = await client.post(INFER, json=message(padded), headers={edge.IDEMPOTENCY_KEY: "k"})
+        assert answer.status_code == 200
+    assert set(threads) == {"parse", "once", "decode"}
     assert threading.current_thread() not in threads.values()
 
 
