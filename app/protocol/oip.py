@@ -25,10 +25,8 @@ from app.generation import (
     GenerateRequest,
     Generation,
     Kind,
-    Pixels,
     PreviewWish,
 )
-from app.parameters import write_adapters
 from app.protocol import tensors
 
 SERVER_NAME = "sdxl-runtime"
@@ -246,11 +244,9 @@ def _response_parameters(call: InferCall, generation: Generation) -> dict[str, S
     for field in dataclasses.fields(GenerateRequest):
         values = [getattr(request, field.name) for request in requests]
         value = values[0]
-        if field.name in call.given or field.name == "seed" or value is None or isinstance(value, Pixels | bytes):
+        if field.name in call.given or field.name == "seed" or value is None:
             continue
-        if field.name == "loras":
-            value = write_adapters(value)
-        elif any(other != value for other in values):
+        if any(other != value for other in values):
             value = json.dumps(values)
         elif isinstance(value, tuple):
             value = json.dumps(value)
