@@ -73,7 +73,11 @@ _ERRORS = {
         "The deadline passed before the pictures were done.",
         "The request was not done after 600.0 seconds and was given up.",
     ),
-    507: ("The device has too little memory.", "The device has too little memory for this request."),
+    507: (
+        "The device has too little memory.",
+        "The device has too little memory for a picture of 2048 x 2048; try 1024 x 1024 (height x width): pictures as "
+        "large have worked.",
+    ),
 }
 """Status to what it means and a sentence that comes with it."""
 

@@ -46,9 +46,9 @@ def advice(image: Image, largest: int) -> str:
     height, width = image.request.height or 0, image.request.width or 0
     known = 0 < largest < image.size
     scale = (largest / image.size if known else 0.5) ** 0.5
-    fits = f"{_whole(height * scale)} x {_whole(width * scale)}"
-    hope = f"{fits} (height x width) has worked" if known else f"try {fits} (height x width)"
-    return f"The device has too little memory for a picture of {height} x {width}; {hope}."
+    fits = f"{_whole(height * scale)} x {_whole(width * scale)} (height x width)"
+    why = ": pictures as large have worked" if known else ""
+    return f"The device has too little memory for a picture of {height} x {width}; try {fits}{why}."
 
 
 def _whole(side: float) -> int:

@@ -164,6 +164,15 @@ def test_a_server_that_has_not_painted_yet_suggests_half_the_pixels() -> None:
     assert "try 320 x 704" in str(failure(ticket))
 
 
+def test_a_size_that_is_suggested_is_not_said_to_have_been_painted() -> None:
+    simulation = Simulation(Cramped(step=64 * 64))
+    simulation.submit(height=64, width=64)
+    simulation.run()
+    wide = simulation.submit(height=256, width=1024)
+    simulation.run()
+    assert str(failure(wide)).endswith("; try 32 x 128 (height x width): pictures as large have worked.")
+
+
 def test_memory_that_is_short_once_costs_nothing_but_a_second_try() -> None:
     class ShortOnce(Instant):
         def step(self, jobs: Any) -> None:
