@@ -52,6 +52,6 @@ def advice(image: Image, largest: int) -> str:
 
 
 def _whole(side: float) -> int:
-    """A side that every model takes, not above `side`."""
+    """A side that every model takes: not above `side`, or the least there is."""
     whole = int(side + 1e-6)
-    return max(8, whole // 64 * 64 or whole // 8 * 8)
+    return max(16, whole // 64 * 64 or whole // 16 * 16)

@@ -164,6 +164,13 @@ def test_a_server_that_has_not_painted_yet_suggests_half_the_pixels() -> None:
     assert "try 320 x 704" in str(failure(ticket))
 
 
+def test_a_size_that_is_suggested_fits_every_model() -> None:
+    simulation = Simulation(Cramped(step=0))
+    ticket = simulation.submit(height=64, width=1024)
+    simulation.run()
+    assert "try 32 x 704" in str(failure(ticket))  # FLUX takes no 40
+
+
 def test_a_size_that_is_suggested_is_not_said_to_have_been_painted() -> None:
     simulation = Simulation(Cramped(step=64 * 64))
     simulation.submit(height=64, width=64)
