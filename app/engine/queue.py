@@ -317,9 +317,8 @@ class Queue:
         """One caller waits no longer; with the last one the request is cancelled."""
         with self.condition:
             ticket.waiters -= 1
-            last = ticket.waiters <= 0
-        if last:
-            ticket.cancel()
+            if ticket.waiters <= 0:
+                ticket.cancel()
 
     def _remember(self, request_id: str | None, ticket: Ticket, fault: RuntimeFault | None) -> None:
         if request_id is None:

@@ -640,6 +640,24 @@ def test_one_of_two_callers_may_leave_and_the_other_gets_the_picture() -> None:
     assert isinstance(alone.future.exception(0), Cancelled)
 
 
+def test_nobody_joins_between_the_last_caller_that_leaves_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation, _ = measured()
+    joined: list[Ticket] = []
+    joining = threading.Thread(target=lambda: joined.append(simulation.submit(once=ONCE)))
+    cancel = Ticket.cancel
+
+    def cancel_late(ticket: Ticket) -> None:
+        joining.start()
+        joining.join(0.2)
+        cancel(ticket)
+
+    monkeypatch.setattr(Ticket, "cancel", cancel_late)
+    simulation.submit(once=ONCE).leave()
+    joining.join()
+    simulation.run()
+    assert joined[0].future.result(0).images
+
+
 def test_answers_are_kept_within_bounds() -> None:
     simulation, _ = measured()
     answers = Answers(1e9, most_bytes=100_000)
