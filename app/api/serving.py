@@ -122,6 +122,8 @@ class Exchange:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         fault = error if isinstance(error, RuntimeFault) else None
+        if isinstance(error, asyncio.CancelledError):
+            fault = ShuttingDown()  # as `edge.Edge` tells the caller
         if fault is not None and not self._accepted:
             self._serving.telemetry.rejected(fault.code)
         if self._serving.settings.enable_latency_logging:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import threading
@@ -182,7 +183,8 @@ def test_the_end_lies_within_the_grace_period_whatever_does_not_arrive(monkeypat
 
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["at the end of the grace period", "at a second signal"])
-def test_a_body_that_does_not_arrive_holds_nothing_up(signals: int) -> None:
+def test_a_body_that_does_not_arrive_holds_nothing_up(signals: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "app.api.serving")
     grace_period = 1.0 if signals == 1 else 3600.0
     with running(Instant, grace_period=grace_period, body_timeout=3600.0) as each:
         with socket.create_connection(("127.0.0.1", each.port), timeout=WAIT) as stalled:
@@ -197,6 +199,8 @@ def test_a_body_that_does_not_arrive_holds_nothing_up(signals: int) -> None:
             answer = b"".join(iter(partial(stalled.recv, 65536), b""))
         assert answer.startswith(b"HTTP/1.1 503") and b"connection: close" in answer.lower()
         assert answer.endswith(b'{"error": "The server shut down before the request was done."}')
+    (line,) = [record for record in caplog.records if record.name == "app.api.serving"]
+    assert line.fields["status"] == 503  # type: ignore[attr-defined]
 
 
 def test_every_setting_of_connections_reaches_them() -> None:
