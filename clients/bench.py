@@ -129,9 +129,11 @@ class Generator:
         requests = mix.requests()
 
         async def caller(client: httpx.AsyncClient, load: Load, start: float) -> None:
-            while (now := time.perf_counter()) < start + seconds:
+            end = start + seconds
+            while (now := time.perf_counter()) < end:
                 pause = await self._ask(client, next(requests), now, load)
-                await asyncio.sleep(pause)  # as it is told; it would spin otherwise
+                # As it is told; it would spin otherwise. But nobody asks again after the end.
+                await asyncio.sleep(min(pause, end - time.perf_counter()))
 
         return await self._run(lambda *run: [caller(*run) for _ in range(clients)])
 

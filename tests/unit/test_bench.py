@@ -97,6 +97,14 @@ async def test_a_closed_loop_waits_as_it_is_told() -> None:
     assert 1 <= load.errors["429"] <= 3
 
 
+async def test_a_closed_loop_does_not_wait_to_ask_after_its_end() -> None:
+    """What nobody does then would count as time in which nothing was painted."""
+    scripted = Scripted([200, 429], retry_after="300")
+    async with serving(scripted) as url, asyncio.timeout(60):
+        load = await Generator(url, "m").closed(1, 0.5, Mix())
+    assert load.errors["429"] == 1 and load.seconds < 30
+
+
 async def test_errors_are_counted_by_kind_and_no_picture_of_them() -> None:
     scripted = Scripted([200, 429, 500])
     async with serving(scripted) as url:
