@@ -90,7 +90,7 @@ class Load:
         return {
             "pictures": len(self.latencies),
             "seconds": round(self.seconds, 2),
-            "images_per_second": round(len(self.latencies) / self.seconds, 3) if self.seconds else 0.0,
+            "images_per_second": round(len(self.latencies) / self.seconds, 3),
             "goodput": round(sum(latency <= slo for latency in self.latencies) / self.seconds, 3),
             **{f"p{cut}": percentile(self.latencies, cut) for cut in (50, 90, 99)},
             "health_p99_ms": percentile([1000 * seconds for seconds in self.probes], 99),
