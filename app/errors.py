@@ -12,8 +12,8 @@ A class says what happened, never how a transport reports it: `api/edge.py` has 
     ├── BodyTooSlow               the client stopped sending before the body was whole
     ├── UnsupportedEncoding       a content encoding that is not spoken here
     ├── Unavailable               try again later
-    │   ├── ModelNotReady         still loading, or failed to load
-    │   ├── Overloaded            the queue is full; knows how long to wait
+    │   ├── ModelNotReady         still loading, or failed
+    │   ├── Overloaded            no room for it now; knows how long to wait
     │   └── ShuttingDown          the server no longer takes requests
     ├── GenerationFailed          an accepted request that ends without a picture
     │   ├── Cancelled             the client left or said stop
@@ -75,7 +75,7 @@ class ModelNotReady(Unavailable):
 
 
 class Overloaded(Unavailable):
-    """The queue is full.
+    """There is no room for it now, in the queue or in memory.
 
     Args:
         message: one sentence.

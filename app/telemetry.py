@@ -1,4 +1,4 @@
-"""Metrics and logs: what an operator sees. Knows no transport and no model; names nothing a caller wrote.
+"""Metrics and logs: what an operator sees. Knows no model and no prompt.
 
 Label values come from the server's own settings and code only, so that no request can make a new time series.
 """

@@ -1,6 +1,6 @@
 """A client for Stable Diffusion XL over the Open Inference Protocol v2, blocking and asynchronous.
 
-This folder needs httpx and nothing of the server's code, so it may be copied anywhere::
+It needs httpx, the command line tqdm too, and nothing here the server's code, so the folder may be copied anywhere::
 
     with Client("http://localhost:8080") as client:
         client.generate("a red circle on a white background", seed=7).pictures[0].save("circle.png")

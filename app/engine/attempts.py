@@ -1,6 +1,6 @@
 """Doing things on a device that may fail: in halves where memory is short, alone where one image is at fault.
 
-Every attempt is measured, and watched by whoever asks for the `Operation`. Knows no family and no queue.
+What succeeds is measured, and every attempt watched by whoever asks for the `Operation`. Knows no family and no queue.
 """
 
 from __future__ import annotations

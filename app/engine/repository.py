@@ -95,7 +95,7 @@ class Model:
     def require_ready(self) -> None:
         """
         Raises:
-            ModelNotReady: loading, or it could not be loaded.
+            ModelNotReady: loading, or failed.
             ShuttingDown: it takes no more requests.
         """
         if self.state is State.STOPPING:

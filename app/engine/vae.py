@@ -188,7 +188,7 @@ class Vae:
     # --- Previews ----------------------------------------------------------------------------------------------
 
     def preview(self, latents: torch.Tensor) -> np.ndarray:
-        """What the latents show so far, about `PREVIEW` pixels wide: uint8 ``[h, w, 3]``.
+        """What the latents show so far, the shorter side about `PREVIEW` pixels: uint8 ``[h, w, 3]``.
 
         Decoding a few averaged latents costs a small part of decoding them all, and works for every autoencoder.
 

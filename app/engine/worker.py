@@ -1,6 +1,6 @@
 """The loop that owns one device: between any two of its turns, images join and leave.
 
-One thread calls it and everything of its family. Knows no HTTP, and of the queue only how to take from it.
+One thread calls it and everything of its family. Knows no HTTP, and not how requests come into the queue.
 """
 
 from __future__ import annotations
