@@ -163,7 +163,7 @@ class Attempts:
         elif stage == "decode":
             self._costs.decoded(images, seconds)
             self.decode_budget.fitted()
-            self._largest = max(self._largest, *(image.size for image in images), 0)
+            self._largest = max(self._largest, images[0].size)
         elif stage == "text_encode":
             self._costs.encoded(images, seconds)
         elif stage == "begin":
