@@ -158,7 +158,13 @@ def create_app(
 
     api_key = settings.api_key.get_secret_value() if settings.api_key else None
     access_log = AccessLog(settings.access_log_format) if settings.access_log_format else None
-    app.add_middleware(edge.Edge, api_key=api_key, access_log=access_log, documented=settings.enable_docs_url)
+    app.add_middleware(
+        edge.Edge,
+        api_key=api_key,
+        access_log=access_log,
+        documented=settings.enable_docs_url,
+        body_timeout=settings.body_timeout,
+    )
     return app
 
 

@@ -57,13 +57,6 @@ class Bodies:
         with contextlib.ExitStack() as held:
             yield await self._read(request, encoding, held)
 
-    async def discard(self, request: Request) -> None:
-        """Read the body and keep nothing: many clients look for an answer only when they have sent everything."""
-        with contextlib.suppress(TimeoutError, ClientDisconnect):
-            async with asyncio.timeout(self._timeout):
-                async for _ in request.stream():
-                    pass
-
     def _most(self, request: Request, encoding: str) -> int:
         """Bytes that the body may come to."""
         declared = request.headers.get("content-length", "")

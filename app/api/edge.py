@@ -102,9 +102,7 @@ def error_response(fault: RuntimeFault) -> Response:
     if isinstance(fault, errors.Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(fault, BodyTooSlow | errors.ShuttingDown):
-        # A server that ends takes nothing more, and what is left of a slow body will not be read. One that is too large
-        # is, and thrown away: many clients look for an answer only when they have sent everything, and lose it when the
-        # connection is closed before.
+        # A server that ends takes nothing more, and what is left of a slow body will not be read.
         headers["Connection"] = "close"
     return json_response({"error": str(fault)}, HTTP_STATUS[fault.code], headers)
 
@@ -164,11 +162,44 @@ def _plain(path: str) -> str:
     return path.rstrip("/") or "/" if path.endswith("/") else path
 
 
-class Edge:
-    """ASGI middleware: gives each request an id, checks its key, and reads ``/path/`` as ``/path``."""
+class _Body:
+    """What comes behind a request's headers, of which a part may be missing when the answer is there.
 
-    def __init__(self, app: ASGIApp, api_key: str | None, access_log: AccessLog | None, documented: bool) -> None:
+    Args:
+        receive: waits for its next part.
+        seconds: from now in which all of it has to come.
+    """
+
+    def __init__(self, receive: Receive, seconds: float) -> None:
+        self._receive = receive
+        self._until = asyncio.get_running_loop().time() + seconds
+        self.is_whole = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.is_whole = not message.get("more_body")
+        return message
+
+    async def discard(self) -> None:
+        """Read the rest, and keep nothing."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._until):
+                while not self.is_whole:
+                    await self.receive()
+
+
+class Edge:
+    """ASGI middleware: gives each request an id, checks its key, and reads ``/path/`` as ``/path``.
+
+    A connection that is to be closed stays open until its client has sent all, as long as a body may take: many look
+    for an answer only then, and lose it when the connection is closed before.
+    """
+
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, access_log: AccessLog | None, documented: bool, body_timeout: float
+    ) -> None:
         self._app = app
+        self._body_timeout = body_timeout
         self._documented = documented
         self._access_log = access_log
         self._api_key = api_key.encode() if api_key else None
@@ -193,19 +224,29 @@ class Edge:
         started = time.monotonic()
         status = size = 0
         fault: RuntimeFault
+        body = _Body(receive, self._body_timeout)
+        closes = headers.get(b"connection", b"").lower() == b"close"
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, size
+            nonlocal status, size, closes
             size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
+                closes = closes or (b"connection", b"close") in message.get("headers", ())
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier.encode())]
+            elif closes and not body.is_whole and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                try:
+                    await body.discard()
+                finally:
+                    await send({"type": "http.response.body"})
+                return
             await send(message)
 
         try:
             is_page = self._documented and PAGE.fullmatch(path) is not None and method in ("GET", "HEAD")
             if self._api_key is None or path in OPEN_PATHS or self._authorized(headers, is_page):
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, body.receive, send_with_id)
             else:
                 fault = errors.Unauthorized("Send the server's key as 'Authorization: Bearer KEY'.")
                 response = error_response(fault)
@@ -215,6 +256,7 @@ class Edge:
         except asyncio.CancelledError:
             # A server that ends has waited long enough. What is half out stays so; uvicorn breaks the connection.
             if not status:
+                body.is_whole = True  # as far as anybody waits for it
                 fault = errors.ShuttingDown("The server shut down before the request was done.")
                 await error_response(fault)(scope, receive, send_with_id)
         except Exception:

@@ -145,11 +145,7 @@ class Exchange:
         self._model = model = self._serving.repository.get(
             request.path_params["model_name"], request.path_params.get("model_version")
         )
-        try:
-            model.require_ready()
-        except ShuttingDown:
-            await self._serving.bodies.discard(request)
-            raise
+        model.require_ready()
         async with self._serving.bodies.read(request) as body:
 
             def read() -> tuple[C, Once | None]:

@@ -155,3 +155,47 @@ def test_who_asks_for_http_2_is_answered_without_a_word_in_the_log(caplog: pytes
         headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
         assert each.client.get("/v2/health/live", headers=headers).json() == {"live": True}
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "status"),
+    [("/v2/models/other/infer", 30_000_000, 404), ("/elsewhere", 30_000_000, 404), (INFER, 100_000_000, 413)],
+)
+def test_who_sends_all_before_it_looks_finds_its_answer_on_a_connection_that_is_to_be_closed(
+    path: str, size: int, status: int
+) -> None:
+    with running(Instant) as each:
+        connection = http.client.HTTPConnection("127.0.0.1", each.port, timeout=WAIT)
+        connection.request("POST", path, bytes(size), {"Connection": "close"})
+        answer = connection.getresponse()
+        assert answer.status == status and json.load(answer)["error"]
+        assert answer.getheader("connection") == "close"
+
+
+def test_who_sends_all_before_it_looks_finds_its_answer_while_the_server_ends(gated: Gated) -> None:
+    with running(lambda: gated) as each, raw(each):
+        assert gated.waiting.wait(WAIT)
+        each.signal()
+        each.until("/v2/health/ready", 503)
+        connection = http.client.HTTPConnection("127.0.0.1", each.port, timeout=WAIT)
+        connection.request("POST", INFER, bytes(30_000_000))
+        answer = connection.getresponse()
+        assert answer.status == 503 and "takes no more requests" in json.load(answer)["error"]
+        gated.permit(1000)
+
+
+def test_a_body_that_nobody_needs_is_waited_for_no_longer_than_any_other() -> None:
+    with running(Instant, body_timeout=1.0) as each:
+        for part in (b"", b"{"):
+            with socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
+                connection.sendall(
+                    b"POST /elsewhere HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: 9\r\n\r\n"
+                )
+                connection.sendall(part)
+                started = time.monotonic()
+                answer = http.client.HTTPResponse(connection)
+                answer.begin()
+                assert answer.status == 404 and json.load(answer)["error"]
+                assert time.monotonic() - started < 0.5
+                assert connection.recv(1) == b""
+                assert 0.5 < time.monotonic() - started < 30

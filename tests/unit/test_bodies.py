@@ -166,14 +166,3 @@ async def test_a_body_that_stops_is_given_up_and_its_room_with_it() -> None:
             await read(all_, Sender(LIMIT).send(LIMIT // 2, more=True))
     async with AsyncExitStack() as stack:
         await hold(stack, all_, AT_A_TIME)
-
-
-async def test_a_body_that_nobody_needs_is_read_to_its_end_or_until_its_client_stops_or_leaves() -> None:
-    async def leave() -> dict[str, Any]:
-        return {"type": "http.disconnect"}
-
-    all_ = bodies(timeout=0.05)
-    whole, stops = Sender(LIMIT).send(1000, more=True).send(1000), Sender(LIMIT).send(1000, more=True)
-    for request in (whole.request, stops.request, Request(whole.request.scope, leave)):
-        await all_.discard(request)
-    assert whole._chunks.empty()
