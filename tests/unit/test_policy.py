@@ -292,15 +292,18 @@ def test_as_many_pixels_are_decoded_together_as_the_family_wants() -> None:
 
 
 def test_between_two_steps_of_the_more_urgent_only_one_group_is_decoded() -> None:
-    simulation, family = measured(max_batch_size=8)
+    family = Timed(Clock())
+    family.decode_load = 16 * 16
+    simulation = Simulation(family, clock=family.clock, max_batch_size=8)
     urgent = simulation.submit(seed=50, num_inference_steps=30, priority=1)
     for seed in range(4):
-        simulation.submit(seed=seed, num_inference_steps=1, height=1024, width=1024, priority=9)
+        simulation.submit(seed=seed, num_inference_steps=1, priority=9)
+    decoded = []
     while not urgent.over:
-        decodes, passes = len(family.decodes), len(family.passes)
+        before = len(family.decodes)
         simulation.turn()
-        assert len(family.decodes) - decodes <= 1 or len(family.passes) == passes
-    simulation.run()
+        decoded.append(len(family.decodes) - before)
+    assert decoded == [1] * 4 + [0] * 25 + [1]
 
 
 # --- What only equal pieces may do -----------------------------------------------------------------------------
