@@ -123,9 +123,11 @@ def test_costs_of_sizes_nobody_asks_for_any_more_are_forgotten() -> None:
     costs = Costs(8, 1e9)
     simulation, _ = measured()
     for side in range(8, 8 * (MAX_SIZES + 20), 8):
-        request = GenerateRequest(prompt="", height=8, width=side, num_inference_steps=1, seed=0)
-        costs.stepped([Image(Ticket([request], [1], 0, 1, simulation.queue), request, 0, 1)], 1.0)
+        for width in (8, side):
+            request = GenerateRequest(prompt="", height=8, width=width, num_inference_steps=1, seed=0)
+            costs.stepped([Image(Ticket([request], [1], 0, 1, simulation.queue), request, 0, 1)], 1.0)
     assert len(costs._steps) == MAX_SIZES
+    assert costs._steps[8 * 8].samples == MAX_SIZES + 20 and 8 * 16 not in costs._steps
 
 
 def test_several_devices_may_measure_at_once_while_others_ask() -> None:
