@@ -79,7 +79,7 @@ def keep(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def compiling(folder: Path | None) -> Iterator[None]:
-    """Inside, `folder` is written to. If that fails, it is empty afterwards, for what it held may be why.
+    """Inside, `folder` is written to. If that fails, what it held may be why, and is deleted where that is allowed.
 
     Raises:
         ModelLoadFailed: as from inside.
@@ -93,6 +93,7 @@ def compiling(folder: Path | None) -> Iterator[None]:
         number, name = tempfile.mkstemp(prefix=MARK, dir=folder)
         fcntl.flock(number, fcntl.LOCK_EX)
         mark = (number, Path(name))
+        os.fchmod(number, 0o666)  # whoever the next one is can ask for the lock
     try:
         yield
         with contextlib.suppress(OSError):
@@ -108,6 +109,11 @@ def compiling(folder: Path | None) -> Iterator[None]:
             raise ModelLoadFailed(
                 f"{folder} is full ({free // 1024**2} MiB were left), so that nothing could be compiled; give it more "
                 "room, or name another --cache_dir."
+            ) from error
+        if any(next((folder / name).glob("*"), None) for name in FOLDERS.values()):
+            raise ModelLoadFailed(
+                f"{error} What {folder} holds may be why, and this user may not delete it; let its owner do so, or "
+                "name another --cache_dir."
             ) from error
         raise ModelLoadFailed(f"{error} What {folder} held is deleted, so the next start compiles anew.") from error
     finally:
@@ -135,12 +141,14 @@ def _mend(folder: Path) -> None:
 
 
 def _in_use(mark: Path) -> bool:
-    """Whether who left that mark lives."""
-    with mark.open("r+") as file:
-        try:
+    """Whether who left that mark lives, or may."""
+    try:
+        with mark.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
     return False
 
 

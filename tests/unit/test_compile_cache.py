@@ -79,6 +79,8 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path:
 def test_who_is_done_leaves_everything(tmp_path: Path) -> None:
     with compiling(tmp_path):
         whole = library(tmp_path, "whole")
+        (mark,) = tmp_path.glob(f"{compile_cache.MARK}*")
+        assert mark.stat().st_mode & 0o666 == 0o666, "other users can see whether its owner lives"
     keep(tmp_path)
     assert whole.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"inductor", "triton"}
@@ -99,6 +101,29 @@ def test_a_cache_that_may_be_why_nothing_can_be_compiled_is_emptied(tmp_path: Pa
     keep(tmp_path)
     with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(None):
         raise ModelLoadFailed("No.")
+
+
+def test_what_may_not_be_deleted_is_not_said_to_be(tmp_path: Path) -> None:
+    library(tmp_path, "theirs").parent.chmod(0o555)
+    for folder in (tmp_path, tmp_path / "inductor"):
+        folder.chmod(0o777)
+    # The superuser deletes everything: ask as somebody else, to whom the way here may be closed.
+    code = (
+        "import os, sys, pathlib, app.errors; from app.compile_cache import compiling\n"
+        "os.chdir(sys.argv[1])\n"
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "try:\n"
+        "    with compiling(pathlib.Path()): raise app.errors.ModelLoadFailed('No.')\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+
+    def said() -> str:
+        return subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
+
+    assert said().startswith("ModelLoadFailed No. What . holds may be why, and this user may not delete it; let its")
+    (tmp_path / f"{compile_cache.MARK}theirs").touch(mode=0)
+    assert said() == "ModelLoadFailed No.\n", "who left that mark may compile"
+    (tmp_path / "inductor" / "theirs").chmod(0o755)
 
 
 def test_who_cannot_compile_takes_nothing_from_others_who_do(tmp_path: Path) -> None:
