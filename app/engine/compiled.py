@@ -62,6 +62,8 @@ class Compiler:
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         # Two lengths that happen to be equal while warming would be taken for the same one for ever.
         symbolic_shapes.use_duck_shape = False
+        # Code for wide vectors computes anything with narrow ones, and torch does not ask which CPU it was kept for.
+        torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
 
     @contextlib.contextmanager
     def warm(self) -> Iterator[None]:

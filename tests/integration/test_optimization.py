@@ -21,6 +21,7 @@ from diffusers import EulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPip
 from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from torch._inductor.codecache import compiled_fx_graph_hash
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from app.engine.adapters import Adapters
@@ -176,6 +177,19 @@ def test_machine_code_takes_any_number_of_rows_without_compiling_again() -> None
         given = torch.randn(2, 4, 8, 8)
         torch.testing.assert_close(run(given), layer(given))
         assert (graphs(), compiler.unexpected) == (before, 1)
+
+
+def test_a_cache_gives_no_cpu_what_was_compiled_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume may come to a node with narrower vectors, where such code writes beyond its memory."""
+    graph = torch.fx.symbolic_trace(nn.Tanh())
+    keys = []
+    for capability in ("AVX512", "AVX2", "AVX512"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+            Compiler()
+        keys.append(compiled_fx_graph_hash(graph, [torch.ones(1)], {}, [])[0])
+    Compiler()
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_is_counted() -> None:
