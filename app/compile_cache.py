@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SEPARATORS = re.compile(r"[\s'\"\\]")
 """Where torch takes the C++ compiler's command apart. Source: ``shlex.split`` in ``torch/_inductor/cpp_builder.py``."""
 FULL = 16 * 1024**2
 """Bytes of free space below which it is the likely reason why nothing compiles."""
+HEARD = 1.0
+"""Seconds within which a signal that has ended the compilers, as Ctrl-C does, is heard of here as well."""
 MARK = "compiling-"
 SUSPECT = "cut-short"
 """Is there after a start that was cut short and had written nothing, until one gets through."""
@@ -78,8 +81,12 @@ def keep(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def compiling(folder: Path | None) -> Iterator[None]:
+def compiling(folder: Path | None, ending: threading.Event | None = None) -> Iterator[None]:
     """Inside, `folder` is written to. If that fails, what it held may be why, and is deleted where that is allowed.
+
+    Args:
+        folder: of `folder_of`.
+        ending: is set once this process is told to end; what fails then is left for the next start to mend.
 
     Raises:
         ModelLoadFailed: as from inside.
@@ -87,7 +94,7 @@ def compiling(folder: Path | None) -> Iterator[None]:
     if folder is None or not folder.is_dir():
         yield
         return
-    mark = None
+    mark, cut_short = None, False
     with contextlib.suppress(OSError):
         # Locked as long as this process lives.
         number, name = tempfile.mkstemp(prefix=MARK, dir=folder)
@@ -101,6 +108,9 @@ def compiling(folder: Path | None) -> Iterator[None]:
     except OutOfMemory:
         raise
     except (ModelLoadFailed, GenerationFailed) as error:
+        cut_short = ending is not None and ending.wait(HEARD)
+        if cut_short:
+            raise
         if any(_in_use(each) for each in folder.glob(f"{MARK}*") if mark is None or each != mark[1]):
             raise ModelLoadFailed(str(error)) from error  # somebody else compiles with what it holds
         free = shutil.disk_usage(folder).free
@@ -119,7 +129,8 @@ def compiling(folder: Path | None) -> Iterator[None]:
     finally:
         if mark is not None:
             with contextlib.suppress(OSError):
-                mark[1].unlink()
+                if not cut_short:
+                    mark[1].unlink()
             os.close(mark[0])
 
 

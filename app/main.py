@@ -74,6 +74,7 @@ def create_app(
     """
     begun = time.monotonic() if begun is None else begun
     telemetry = Telemetry(settings.model_name)
+    ending = threading.Event()
 
     def report(phase: str) -> None:
         model.phase = phase
@@ -81,7 +82,8 @@ def create_app(
     timelines = [start.Timeline(begun) for _ in range(count_replicas(settings))]
     batcher = Batcher(
         [
-            load or functools.partial(_load_family, settings.for_replica(i, len(timelines)), report, timeline, ranks)
+            load
+            or functools.partial(_load_family, settings.for_replica(i, len(timelines)), report, timeline, ranks, ending)
             for i, timeline in enumerate(timelines)
         ],
         telemetry,
@@ -115,6 +117,7 @@ def create_app(
             on_failure(error)
 
     def stop(grace: float) -> None:
+        ending.set()
         telemetry.ready.set(0)
         repository.close(grace)
 
@@ -190,7 +193,11 @@ def _warn_of_small_limits(model: Model) -> None:
 
 
 def _load_family(
-    settings: Settings, report: Callable[[str], None], timeline: start.Timeline, ranks: Ranks | None
+    settings: Settings,
+    report: Callable[[str], None],
+    timeline: start.Timeline,
+    ranks: Ranks | None,
+    ending: threading.Event,
 ) -> Family[Any]:
     from app.engine.mount import wait_for_mount
     from app.engine.weights import load_family
@@ -199,12 +206,12 @@ def _load_family(
         wait_for_mount(settings, report)
     family = load_family(settings, report, timeline, ranks)
     with timeline.phase("compile"):
-        _warm(family, settings, report)
+        _warm(family, settings, report, ending)
     report("warming up" if settings.warm_up else "")
     return family
 
 
-def _warm(family: Family[Any], settings: Settings, report: Callable[[str], None]) -> None:
+def _warm(family: Family[Any], settings: Settings, report: Callable[[str], None], ending: threading.Event) -> None:
     """Compile, once all sizes are known to be the model's: some take minutes.
 
     Raises:
@@ -216,7 +223,7 @@ def _warm(family: Family[Any], settings: Settings, report: Callable[[str], None]
         except InvalidRequest as error:
             raise ModelLoadFailed(f"--warm_sizes names {width}x{height}: {error}") from None
     try:
-        with compile_cache.compiling(compile_cache.folder_of(settings)):
+        with compile_cache.compiling(compile_cache.folder_of(settings), ending):
             family.warm(report)
     except OutOfMemory:
         sizes = ", ".join(settings.warm_sizes) or "the model's own"
@@ -310,7 +317,7 @@ def _follow(settings: Settings, ranks: Ranks) -> NoReturn:
     """Share the work of the process that serves, until that is done."""
     code = 0
     try:
-        family = _load_family(settings, lambda _: None, start.Timeline(), ranks)
+        family = _load_family(settings, lambda _: None, start.Timeline(), ranks, threading.Event())
         # torchrun hands them to all at once; who serves has requests to finish, and says when that is done.
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_a_cache_that_may_be_why_nothing_can_be_compiled_is_emptied(tmp_path: Pa
     keep(tmp_path)
     with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(None):
         raise ModelLoadFailed("No.")
+
+
+@pytest.mark.parametrize("late", [0.0, 0.1])
+def test_a_signal_that_ends_the_compilers_too_costs_nothing_but_their_pieces(tmp_path: Path, late: float) -> None:
+    """Ctrl-C reaches all processes of a terminal, and what a compiler says then is that it cannot compile."""
+    old, ending = library(tmp_path, "old", age=60), threading.Event()
+    threading.Timer(late, ending.set).start()
+    with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(tmp_path, ending):
+        piece = library(tmp_path, "piece")
+        raise ModelLoadFailed("No.")
+    assert old.exists()
+    keep(tmp_path)
+    assert old.exists() and not piece.exists()
 
 
 def test_what_may_not_be_deleted_is_not_said_to_be(tmp_path: Path) -> None:
