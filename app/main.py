@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
@@ -139,6 +140,7 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
     )
+    app.state.ready = batcher.ready
     app.state.stop, app.state.hurry = stop, repository.hurry  # for a server that goes on answering meanwhile
     serving = Serving(repository, telemetry, settings)
     routers = (
@@ -266,15 +268,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logger.info("torchrun: process %d of %d that share one model", ranks.rank, ranks.size)
             if ranks.rank > 0:
                 return _follow(settings, ranks)
-        server, failures = _make_server(settings, ranks)
+        server, failures, ready = _make_server(settings, ranks)
         listener = _listen(settings)
     except InvalidSettings as error:
         surroundings.tell(str(error), settings.termination_log if settings else find_termination_log(given))
         return 2
     code = _serve(settings, server, listener, failures)
-    if code == DEVICE_LOST or any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
-        # Stopped while loading, hanging or lost: torch cannot be interrupted, and it may crash an interpreter that ends
-        # around it.
+    loaded = ready.done() and ready.exception() is None
+    if code == DEVICE_LOST or not loaded or any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
+        # Not loaded, hanging or lost: torch cannot be interrupted, and it may crash an interpreter that ends around it.
+        # An interpreter would also wait for all that is left to compile.
         logging.shutdown()
         os._exit(code)
     return code
@@ -332,8 +335,13 @@ def _follow(settings: Settings, ranks: Ranks) -> NoReturn:
     os._exit(code)  # an interpreter that ends may wait for the others, who are gone
 
 
-def _make_server(settings: Settings, ranks: Ranks | None) -> tuple[uvicorn.Server, list[BaseException]]:
-    """The HTTP server, and a list that receives the reason when the model cannot be loaded; the server stops then."""
+def _make_server(
+    settings: Settings, ranks: Ranks | None
+) -> tuple[uvicorn.Server, list[BaseException], concurrent.futures.Future[Any]]:
+    """The HTTP server, a list that receives the reason when the model cannot be loaded, and what tells when it is.
+
+    Where it cannot, the server stops.
+    """
     failures: list[BaseException] = []
     certificate = None
     if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
@@ -362,7 +370,7 @@ def _make_server(settings: Settings, ranks: Ranks | None) -> tuple[uvicorn.Serve
         certificate,
         handshake_timeout=settings.body_timeout,
     )
-    return server, failures
+    return server, failures, app.state.ready
 
 
 def _serve(

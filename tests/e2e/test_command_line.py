@@ -541,6 +541,32 @@ def test_a_signal_ends_a_start_well_at_whatever_moment_it_comes(
     assert "Traceback" not in rest
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_nobody_waits_for_what_is_left_to_compile_where_it_is_for_nobody(tmp_path: Path, told: bool) -> None:
+    """Torch has a queue of what is to be compiled, which an interpreter that ends works off."""
+    code = (
+        "import concurrent.futures, sys, time, app.main, app.errors\n"
+        "def load(*given):\n"
+        "    concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 60)\n"
+        "    print('compiling', file=sys.stderr, flush=True)\n"
+        f"    {told} and given[-1].wait()\n"
+        "    raise app.errors.ModelLoadFailed('No.')\n"
+        "app.main._load_family = load\n"
+        "sys.exit(app.main.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--http_port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            while (line := process.stderr.readline()) != "compiling\n":
+                assert line
+            if told:
+                process.send_signal(signal.SIGINT)
+            assert process.wait(30) == (0 if told else 1)
+        finally:
+            process.kill()
+
+
 def test_a_server_that_is_told_to_end_does_so_promptly(chatty_server: Server) -> None:
     started = time.monotonic()
     assert chatty_server.stop() == 0
