@@ -194,6 +194,10 @@ class Connection(H11Protocol):
             start = h11.Response(status_code=response.status_code, headers=headers, reason=b"Bad Request")
             for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
+        if self._is_answering:
+            # That was its answer; a second one would be an error.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     @property
