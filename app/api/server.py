@@ -192,7 +192,8 @@ class Connection(H11Protocol):
             response = edge.error_response(InvalidRequest("This is no HTTP request that can be understood."))
             headers = [*response.raw_headers, (b"connection", b"close")]
             start = h11.Response(status_code=response.status_code, headers=headers, reason=b"Bad Request")
-            for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+            has_body = not self._is_answering or self.scope["method"] != "HEAD"
+            for event in (start, *([h11.Data(data=bytes(response.body))] if has_body else ()), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self._is_answering:
             # That was its answer; a second one would be an error.

@@ -157,16 +157,15 @@ def test_who_asks_for_http_2_is_answered_without_a_word_in_the_log(caplog: pytes
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize("path", [INFER, "/elsewhere"])
+@pytest.mark.parametrize("line", [f"POST {INFER}", "POST /elsewhere", "HEAD /elsewhere"])
 def test_a_body_that_is_no_http_is_told_so_and_nothing_fails_for_it(
-    path: str, caplog: pytest.LogCaptureFixture
+    line: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running(Instant) as each, socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
-        connection.sendall(b"POST %s HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nno\r\n" % path.encode())
+        connection.sendall(b"%s HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nno\r\n" % line.encode())
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
-        assert answer.startswith(b"HTTP/1.1 400 ") and answer.endswith(
-            b'"This is no HTTP request that can be understood."}'
-        )
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.endswith(b"\r\n\r\n" if line.startswith("HEAD") else b'HTTP request that can be understood."}')
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
