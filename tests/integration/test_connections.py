@@ -184,6 +184,14 @@ def test_who_sends_all_before_it_looks_finds_its_answer_on_a_connection_that_is_
         assert answer.getheader("connection") == "close"
 
 
+def test_who_speaks_http_1_0_and_sends_all_before_it_looks_finds_its_answer() -> None:
+    with running(Instant) as each, socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
+        connection.sendall(b"POST /elsewhere HTTP/1.0\r\nContent-Length: 30000000\r\n\r\n" + bytes(30_000_000))
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 404 and json.load(answer)["error"]
+
+
 def test_who_sends_all_before_it_looks_finds_its_answer_while_the_server_ends(gated: Gated) -> None:
     with running(lambda: gated) as each, raw(each):
         assert gated.waiting.wait(WAIT)
