@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("demand, images per second, seconds and busy must be finite")
     if min(options.demand, per_replica, options.busy, options.within) <= 0 or options.busy > 1:
         parser.error("demand, images per second and seconds must be more than 0, and busy at most 1")
+    if min(options.burst, options.spare) < 0:
+        parser.error("a burst and spare replicas must be 0 or more")
     plan = Plan(options.demand, per_replica, options.busy, options.burst, options.within, options.spare)
     print(f"{plan.for_demand} for {plan.demand:g} images per second, at {plan.per_replica:g} per replica")
     if plan.burst:

@@ -130,6 +130,8 @@ def test_what_was_measured_is_read(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("--demand 0 --per_replica 1", "must be more than 0"),
         ("--demand 1 --per_replica 0", "must be more than 0"),
+        ("--demand 1 --per_replica 1 --burst -5", "must be 0 or more"),
+        ("--demand 1 --per_replica 1 --spare -3", "must be 0 or more"),
         ("--demand nan --per_replica 1", "must be finite"),
         ("--demand inf --per_replica 1", "must be finite"),
         ("--demand 1 --bench nowhere.json", "--bench nowhere.json"),
