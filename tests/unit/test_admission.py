@@ -16,7 +16,7 @@ from app.engine.costs import MAX_SIZES, Costs, Line
 from app.engine.idempotency import MAX_KEYS, Answers, Once
 from app.engine.queue import KEPT_OUTCOMES, RequestState
 from app.engine.ticket import Image, Ticket
-from app.errors import Cancelled, DeadlineExceeded, KeyReused, Overloaded, RequestNotFound
+from app.errors import Cancelled, DeadlineExceeded, KeyReused, OutOfMemory, Overloaded, RequestNotFound
 from app.generation import GenerateRequest, Pixels, Preview, PreviewKind, PreviewWish, Progress
 from tests.fakes import Clock, FakeJob, Instant, Previews, RunsAhead, Timed, WholeJobs
 from tests.simulation import Simulation, places_taken
@@ -88,6 +88,26 @@ def test_the_first_picture_counts_the_rows_that_it_has_and_not_those_that_guidan
     simulation = Simulation(Distilled(clock), clock=clock)
     simulation.workers[0].load(warm_up=True)
     assert simulation.costs.step(16 * 16, 1) == pytest.approx(1.1)
+
+
+def test_passes_that_do_not_fit_are_not_promised_again() -> None:
+    class Cramped(Timed):
+        """Has memory for two at a time."""
+
+        def step(self, jobs: Sequence[FakeJob]) -> None:
+            if len(jobs) > 2:
+                raise OutOfMemory("The device has too little memory for this request.")
+            super().step(jobs)
+
+    clock = Clock()
+    simulation = Simulation(Cramped(clock), clock=clock)
+    for count in (1, 2, 4, 4):
+        started = clock.now
+        for _ in range(count):
+            simulation.submit()
+        expected = simulation.queue.seconds()
+        simulation.run()
+    assert clock.now - started == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("longer", "pictures"), [(6.0, 2), (10.0, 1)])
