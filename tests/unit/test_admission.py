@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
@@ -322,6 +323,15 @@ def test_nobody_is_refused_for_one_whom_it_does_not_make_late(steps: int, stalle
     simulation.submit(num_inference_steps=steps, timeout=36.0)
     simulation.clock.now += stalled
     assert simulation.submit(num_inference_steps=5, priority=priority) in simulation.queue.tickets
+
+
+@pytest.mark.parametrize("most", [14.0, 16.0])
+def test_half_of_the_doubt_counts_where_another_one_has_a_deadline(most: float) -> None:
+    queue, request = Simulation(Instant()).queue, GenerateRequest(prompt="")
+    other, new = (Ticket([request], [1], 0.0, deadline, queue) for deadline in (most, 1000.0))
+    refused = pytest.raises(Overloaded, match="another one") if most < 15.0 else contextlib.nullcontext()
+    with refused:
+        admission.check_seconds(new, {other: 5.0}, {other: 10.0, new: 12.0}, 1e9, now=0.0, alone=2.0, caution=2.0)
 
 
 def test_what_shares_no_pass_for_its_pixels_is_foreseen_one_after_the_other() -> None:
