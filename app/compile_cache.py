@@ -96,9 +96,9 @@ def compiling(folder: Path | None, ending: threading.Event | None = None) -> Ite
         return
     mark, cut_short = None, False
     with contextlib.suppress(OSError):
-        # Locked as long as this process lives.
+        # Locked as long as this process lives, and for others alone: replicas fail together, and not each other.
         number, name = tempfile.mkstemp(prefix=MARK, dir=folder)
-        fcntl.flock(number, fcntl.LOCK_EX)
+        fcntl.lockf(number, fcntl.LOCK_EX)
         mark = (number, Path(name))
         os.fchmod(number, 0o666)  # whoever the next one is can ask for the lock
     try:
@@ -152,10 +152,10 @@ def _mend(folder: Path) -> None:
 
 
 def _in_use(mark: Path) -> bool:
-    """Whether who left that mark lives, or may."""
+    """Whether another process that left that mark lives, or may."""
     try:
         with mark.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except OSError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,23 +53,29 @@ def test_a_place_where_nothing_can_be_written_is_told(tmp_path: Path) -> None:
         keep(file)
 
 
-def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    old = library(tmp_path, "old", age=60)
+@contextlib.contextmanager
+def somebody_compiling(folder: Path) -> Iterator[None]:
     code = (
         "import sys, time, pathlib, app.compile_cache\n"
         "with app.compile_cache.compiling(pathlib.Path(sys.argv[1])):\n"
         "    print('compiling', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    piece, source = library(tmp_path, "piece"), tmp_path / "inductor" / "source.py"
-    source.touch()
-    keep(tmp_path)
-    assert piece.exists(), "somebody is at it"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    old = library(tmp_path, "old", age=60)
+    with somebody_compiling(tmp_path):
+        piece, source = library(tmp_path, "piece"), tmp_path / "inductor" / "source.py"
+        source.touch()
+        keep(tmp_path)
+        assert piece.exists(), "somebody is at it"
     keep(tmp_path)
     assert not piece.exists()
     assert old.exists() and source.exists()
@@ -141,11 +148,19 @@ def test_what_may_not_be_deleted_is_not_said_to_be(tmp_path: Path) -> None:
 
 
 def test_who_cannot_compile_takes_nothing_from_others_who_do(tmp_path: Path) -> None:
-    with compiling(tmp_path):
+    with somebody_compiling(tmp_path):
         theirs = library(tmp_path, "theirs")
         with pytest.raises(ModelLoadFailed, match=r"^No\.$"), compiling(tmp_path):
             raise ModelLoadFailed("No.")
         assert theirs.exists()
+
+
+def test_replicas_of_one_server_do_not_keep_each_others_broken_cache(tmp_path: Path) -> None:
+    with compiling(tmp_path):  # the second waits until the first is done
+        broken = library(tmp_path, "broken")
+        with pytest.raises(ModelLoadFailed, match="held is deleted"), compiling(tmp_path):
+            raise ModelLoadFailed("No.")
+        assert not broken.exists()
 
 
 def test_a_cache_that_kills_whoever_reads_it_is_emptied_the_second_time(tmp_path: Path) -> None:
