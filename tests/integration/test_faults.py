@@ -103,7 +103,7 @@ def test_what_does_not_fit_at_all_is_refused_and_the_next_request_gets_its_pictu
         picture(submit(batcher, family, request(1)))
         with monkeypatch.context() as patch:
             patch.setattr(family._pipeline.unet, "forward", short_of_memory(family._pipeline.unet.forward, 0))
-            with pytest.raises(OutOfMemory, match="128 x 128; 64 x 64"):
+            with pytest.raises(OutOfMemory, match="128 x 128; try 64 x 64"):
                 picture(submit(batcher, family, request(1, height=128, width=128)))
         assert picture(submit(batcher, family, request(2, height=128, width=128))).encoded
 
