@@ -32,6 +32,7 @@ URL = "http://127.0.0.1:8080"
 
 MISSING = [tool for tool in ("buildah", "debootstrap", "unshare", "nsenter") if shutil.which(tool) is None]
 pytestmark = [
+    pytest.mark.timeout(3600),  # Debian and all wheels may have to come over a slow line
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap and namespaces need root"),
 ]

@@ -84,8 +84,15 @@ MODELS: dict[str, tuple[Callable[[Optimization], Family[Any]], list[dict[str, An
 }
 
 
-def warmed(make: Callable[[Optimization], Family[Any]], optimization: Optimization) -> Family[Any]:
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> str:
+    """What one level had compiled the next one finds compiled, but has to warm all that it runs just the same."""
     torch.compiler.reset()
+    name: str = request.param
+    return name
+
+
+def warmed(make: Callable[[Optimization], Family[Any]], optimization: Optimization) -> Family[Any]:
     family = make(optimization)
     family.warm(lambda _: None)
     return family
@@ -123,7 +130,6 @@ def painted(family: Family[Any], request: GenerateRequest) -> tuple[Any, list[in
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("model", MODELS)
 def test_every_level_paints_the_pictures_of_off_and_compiles_nothing_after_warming_up(model: str, level: str) -> None:
     make, requests = MODELS[model]
     off, family = make(OFF), warmed(make, LEVELS[level])
@@ -148,6 +154,7 @@ def test_every_level_paints_the_pictures_of_off_and_compiles_nothing_after_warmi
 
 
 def test_sizes_that_are_declared_are_compiled_and_no_others() -> None:
+    torch.compiler.reset()
     sizes = ((64, 64), (128, 64))
     family = warmed(make_flux_family, Optimization("compile", sizes=sizes, backend="eager"))
     before, common = graphs(), {"prompt": PROMPT, "num_inference_steps": 1, "seed": 1}
@@ -392,6 +399,46 @@ def test_attention_that_makes_plans_has_met_long_prompts(plans: bool, monkeypatc
     assert met == ({77, 154} if plans else {77})
 
 
+def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
+    pipeline = load_demo()
+    pipeline.vae.enable_slicing()
+    optimization = Optimization("compile", ((64, 64),), most_rows=4, backend="eager")
+    family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "width": 64, "height": 64}
+    many = [{**asked, "seed": seed} for seed in range(2)]
+    for found, each in zip(together(family, many), many, strict=True):
+        assert distance(found, ours(SdxlFamily(load_demo()), **each)) <= 2
+    assert family.unexpected_shapes == 0
+
+
+def test_a_refiner_is_warmed_however_steps_are_spaced() -> None:
+    # Compiled once for all three, and for the tests before: each family has to warm what it runs all the same.
+    optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
+    for spacing in ("leading", "trailing", "linspace"):
+        base = load_demo()
+        refiner = make_refiner(base)
+        for pipeline in (base, refiner):
+            pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+        family = SdxlFamily(base, refiner, optimization=optimization)
+        family.warm(lambda _: None)
+        before = graphs()
+        ours(family, prompt=PROMPT, num_inference_steps=10, seed=5, width=64, height=64)
+        assert (graphs(), family.unexpected_shapes) == (before, 0), spacing
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_picture_that_is_encoded_in_full_leaves_what_was_compiled_fit() -> None:
+    pipeline = load_demo().to(torch.bfloat16)
+    pipeline.vae.register_to_config(force_upcast=True)
+    optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
+    family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
+    before = graphs()
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 5, "width": 64, "height": 64}
+    for each in ({}, {"image": picture(), "strength": 0.7}, {"image": picture(), "mask_image": mask()}, {}):
+        ours(family, **asked, **each)
+    assert (graphs(), family.unexpected_shapes) == (before, 0)
+
+
 def test_errors_of_what_was_compiled_are_told_as_they_are() -> None:
     torch.compiler.reset()
     compiler, full = Compiler(), False
@@ -469,47 +516,6 @@ def test_as_many_rows_are_warmed_as_the_device_holds(
     assert warmed_for == set(range(1, fit + 1))
     ours(family, prompt=PROMPT, num_inference_steps=2, seed=5, width=64, height=64)
     assert family.unexpected_shapes == 0
-
-
-def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
-    pipeline = load_demo()
-    pipeline.vae.enable_slicing()
-    optimization = Optimization("compile", ((64, 64),), most_rows=4, backend="eager")
-    family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
-    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "width": 64, "height": 64}
-    many = [{**asked, "seed": seed} for seed in range(2)]
-    for found, each in zip(together(family, many), many, strict=True):
-        assert distance(found, ours(SdxlFamily(load_demo()), **each)) <= 2
-    assert family.unexpected_shapes == 0
-
-
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_a_picture_that_is_encoded_in_full_leaves_what_was_compiled_fit() -> None:
-    pipeline = load_demo().to(torch.bfloat16)
-    pipeline.vae.register_to_config(force_upcast=True)
-    optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
-    family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
-    before = graphs()
-    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 5, "width": 64, "height": 64}
-    for each in ({}, {"image": picture(), "strength": 0.7}, {"image": picture(), "mask_image": mask()}, {}):
-        ours(family, **asked, **each)
-    assert (graphs(), family.unexpected_shapes) == (before, 0)
-
-
-def test_a_refiner_is_warmed_however_steps_are_spaced() -> None:
-    # Once for all three: each family has to warm what it runs, and the second finds it compiled.
-    torch.compiler.reset()
-    optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
-    for spacing in ("leading", "trailing", "linspace"):
-        base = load_demo()
-        refiner = make_refiner(base)
-        for pipeline in (base, refiner):
-            pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
-        family = SdxlFamily(base, refiner, optimization=optimization)
-        family.warm(lambda _: None)
-        before = graphs()
-        ours(family, prompt=PROMPT, num_inference_steps=10, seed=5, width=64, height=64)
-        assert (graphs(), family.unexpected_shapes) == (before, 0), spacing
 
 
 def test_what_cannot_be_compiled_is_told_in_one_sentence() -> None:
