@@ -97,13 +97,13 @@ def _play(images: Iterable[tuple[int, Image]], costs: Costs) -> dict[int, float]
         clock += costs.decode(size * len(finished))
         for left in finished:
             done[left.rank] = clock
-        groups[group] = [left for left in groups[group] if left.steps]
+            groups[group].remove(left)  # from near its front, however many there are
         if not groups[group]:
             del groups[group]
     return done
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Left:
     """What is left to do for one image."""
 
