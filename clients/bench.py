@@ -30,6 +30,8 @@ GUIDANCE = (1.0, 3.0, 5.0, 7.5)
 SCHEDULERS = ("Euler", "Euler a", "DPM++ 2M Karras", "DDIM")
 PROBE_SECONDS = 0.05
 """Pause between two questions for health."""
+PAUSE = 1.0
+"""Seconds after an error for which nobody says how long to wait; callers would ask thousands of times otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class Generator:
             end = start + seconds
             while (now := time.perf_counter()) < end:
                 pause = await self._ask(client, next(requests), now, load)
-                # As it is told; it would spin otherwise. But nobody asks again after the end.
+                # Nobody asks again after the end.
                 await asyncio.sleep(min(pause, end - time.perf_counter()))
 
         return await self._run(lambda *run: [caller(*run) for _ in range(clients)])
@@ -166,21 +168,19 @@ class Generator:
         return load
 
     async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any], due: float, load: Load) -> float:
-        """Seconds after which a refused caller may ask again."""
+        """Seconds after which the caller may ask again."""
         try:
             answer = await client.post(self._path, json=body)
         except httpx.HTTPError as error:
             load.errors[type(error).__name__] += 1
-            return 0.0
+            return PAUSE
         if answer.status_code == httpx.codes.OK:
             load.latencies.append(time.perf_counter() - due)
             return 0.0
         load.errors[str(answer.status_code)] += 1
-        if answer.status_code in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE):
-            with contextlib.suppress(ValueError):  # a date
-                return float(answer.headers.get("Retry-After", 1))
-            return 1.0
-        return 0.0
+        with contextlib.suppress(ValueError):  # a date
+            return float(answer.headers.get("Retry-After", PAUSE))
+        return PAUSE
 
     async def _probe(self, client: httpx.AsyncClient, load: Load) -> None:
         while True:
