@@ -167,23 +167,27 @@ class _Body:
 
     Args:
         receive: waits for its next part.
-        seconds: from now in which all of it has to come.
+        seconds: that may be waited for its parts, all together; those in which nobody asked are no fault of the client.
     """
 
     def __init__(self, receive: Receive, seconds: float) -> None:
         self._receive = receive
-        self._until = asyncio.get_running_loop().time() + seconds
+        self._seconds = seconds
         self.is_whole = False
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        asked = time.monotonic()
+        try:
+            message = await self._receive()
+        finally:
+            self._seconds -= time.monotonic() - asked
         self.is_whole = not message.get("more_body")
         return message
 
     async def discard(self) -> None:
         """Read the rest, and keep nothing."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._until):
+            async with asyncio.timeout(self._seconds):
                 while not self.is_whole:
                     await self.receive()
 

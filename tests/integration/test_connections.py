@@ -192,6 +192,17 @@ def test_who_speaks_http_1_0_and_sends_all_before_it_looks_finds_its_answer() ->
         assert answer.status == 404 and json.load(answer)["error"]
 
 
+def test_who_waits_for_room_in_vain_and_sends_all_before_it_looks_is_told_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.api.bodies.AT_A_TIME", 0)
+    with running(Instant, body_timeout=0.5) as each:
+        connection = http.client.HTTPConnection("127.0.0.1", each.port, timeout=WAIT)
+        connection.request("POST", INFER, bytes(30_000_000), {"Connection": "close"})
+        answer = connection.getresponse()
+        assert answer.status == 429 and answer.getheader("retry-after") and json.load(answer)["error"]
+
+
 def test_who_sends_all_before_it_looks_finds_its_answer_while_the_server_ends(gated: Gated) -> None:
     with running(lambda: gated) as each, raw(each):
         assert gated.waiting.wait(WAIT)
