@@ -158,7 +158,7 @@ class Connection(H11Protocol):
         self._watch_headers()
 
     def handle_events(self) -> None:
-        if self.conn.their_state in (h11.IDLE, h11.DONE):
+        if self.conn.their_state in (h11.IDLE, h11.DONE, h11.MUST_CLOSE):
             # Some clients send an empty line behind a body: RFC 9112, 2.2. h11 offers no other way to pass over it.
             data, _ = self.conn.trailing_data
             self.conn._receive_buffer.maybe_extract_at_most(len(data) - len(data.lstrip(b"\r\n")))

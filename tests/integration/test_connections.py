@@ -59,6 +59,24 @@ def test_who_leaves_is_noticed_whatever_came_behind_the_request(gated: Gated, ea
         until(lambda: 'sdxl_cancelled_total{model_name="m"} 1.0' in each.get("/metrics").text, seconds=WAIT)
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_empty_line_behind_the_last_request_of_a_connection_costs_nobody_a_picture(
+    gated: Gated, version: str
+) -> None:
+    """As microcontrollers send it, whose last line is the body."""
+    content = json.dumps(BODY)
+    head = f"POST {INFER} HTTP/{version}\r\nHost: h\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    with running(lambda: gated) as each, socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
+        connection.sendall(head.encode() + content.encode())
+        assert gated.waiting.wait(WAIT)
+        connection.sendall(b"\r\n")
+        time.sleep(0.2)
+        gated.permit(1000)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 200 and json.load(answer)["outputs"]
+
+
 def test_requests_that_come_early_are_answered_in_their_order_however_many_they_are(gated: Gated) -> None:
     count = 3000
     with running(lambda: gated) as each, raw(each) as connection:
