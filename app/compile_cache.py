@@ -98,8 +98,8 @@ def compiling(folder: Path | None, ending: threading.Event | None = None) -> Ite
     with contextlib.suppress(OSError):
         # Locked as long as this process lives, and for others alone: replicas fail together, and not each other.
         number, name = tempfile.mkstemp(prefix=MARK, dir=folder)
-        fcntl.lockf(number, fcntl.LOCK_EX)
         mark = (number, Path(name))
+        fcntl.lockf(number, fcntl.LOCK_EX)
         os.fchmod(number, 0o666)  # whoever the next one is can ask for the lock
     try:
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -161,6 +162,21 @@ def test_replicas_of_one_server_do_not_keep_each_others_broken_cache(tmp_path: P
         with pytest.raises(ModelLoadFailed, match="held is deleted"), compiling(tmp_path):
             raise ModelLoadFailed("No.")
         assert not broken.exists()
+
+
+def test_where_nothing_can_be_locked_a_broken_cache_is_emptied_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with compiling(tmp_path):
+        broken = library(tmp_path, "broken")
+    assert not list(tmp_path.glob(f"{compile_cache.MARK}*")), "it would pass for somebody's for ever"
+    with pytest.raises(ModelLoadFailed, match="held is deleted"), compiling(tmp_path):
+        raise ModelLoadFailed("No.")
+    assert not broken.exists()
 
 
 def test_a_cache_that_kills_whoever_reads_it_is_emptied_the_second_time(tmp_path: Path) -> None:
