@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import math
 import os
 import re
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: after ``--help``, or with code 2 for wrong usage.
     """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A prompt's letters are in its pictures' names, and a terminal or a pipe may know other ones.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         asyncio.run(paint(options))
     except ClientError as error:

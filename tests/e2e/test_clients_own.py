@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clients import paint
 from clients.client import AsyncClient, Client, Parameters, Result, ServerError
 from tests.e2e.conftest import REPOSITORY, Server, clean_environment
 
@@ -38,10 +39,12 @@ def result(client: Client) -> Result:
     return client.generate(PROMPT, **SMALL)
 
 
-def run_paint(server: Server, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "clients.paint", PROMPT, "--url", server.url, "--out", str(folder), *arguments]
+def run_paint(
+    server: Server, folder: Path, *arguments: str, prompt: str = PROMPT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clients.paint", prompt, "--url", server.url, "--out", str(folder), *arguments]
     return subprocess.run(
-        command, env=clean_environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False
+        command, env=clean_environment(**variables), capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
 
 
@@ -149,6 +152,15 @@ def test_the_command_draws_seeds_and_knows_other_formats(server: Server, tmp_pat
     assert (done.returncode, done.stderr) == (0, "")
     pictures = [open_picture(path) for path in tmp_path.iterdir()]
     assert [picture.format for picture in pictures] == ["JPEG", "JPEG"]
+
+
+def test_the_command_names_files_where_their_letters_cannot_be_shown(server: Server, tmp_path: Path) -> None:
+    prompt = "a red circle 赤い丸"
+    finished = run_paint(server, tmp_path, *FLAGS, "--number", "2", prompt=prompt, PYTHONIOENCODING="ascii")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert len(finished.stdout.splitlines()) == 2
+    assert r"\u8d64\u3044\u4e38-7.png" in finished.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {f"{paint.file_name(prompt)}-{seed}.png" for seed in (7, 8)}
 
 
 def test_the_command_counts_steps_on_a_terminal(server: Server, tmp_path: Path) -> None:
