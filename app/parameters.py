@@ -219,6 +219,13 @@ def _smaller(request: GenerateRequest) -> str:
     return "; this is the image's own size: give height and width to have it resized" if is_own else ""
 
 
+_WAYS_OUT = {
+    "loras": "no adapter is loaded (the server's setting lora)",
+    "guidance_end": "it does where the server's setting optimize is max",
+}
+"""About parameters that a setting of the server adds to a model."""
+
+
 def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None:
     """Refuse parameters that the model does not have, or that contradict each other.
 
@@ -231,7 +238,8 @@ def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None
     """
     for parameter in fields(request):
         if parameter.name not in taken and getattr(request, parameter.name) != parameter.default:
-            raise InvalidRequest(f"This model does not take {parameter.name}; its metadata lists what it takes.")
+            way_out = _WAYS_OUT.get(parameter.name, "its metadata lists what it takes")
+            raise InvalidRequest(f"This model does not take {parameter.name}; {way_out}.")
     if request.denoising_end == 0:
         raise InvalidRequest("denoising_end must be more than 0; leave it out to denoise to the end.")
     if request.denoising_limit == 0:

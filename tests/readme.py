@@ -55,6 +55,8 @@ def _model(name: str) -> str:
     """Which model a parameter is for, where it is not for every one."""
     if name in ("denoising_limit", *SCORES):
         return "SDXL with a refiner"
+    if name == "loras":
+        return "servers with `--lora`"
     if name in LOSSY_PARAMETERS:
         return "servers with `--optimize max`"
     return "FLUX" if name in FLUX_ONLY_PARAMETERS else "SDXL" if name not in FLUX_PARAMETERS else ""

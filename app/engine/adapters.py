@@ -78,7 +78,7 @@ def resolve(loras: Loras | None, names: Sequence[str]) -> Loras:
     """
     for name, _ in loras or ():
         if name not in names:
-            hint = nearest(name, names) or (f"; there are {', '.join(names)}" if names else "; none is loaded (--lora)")
+            hint = nearest(name, names) or f"; there are {', '.join(names)}"
             raise InvalidRequest(f"loras: there is no adapter {describe(name)}{hint}.")
     return tuple(sorted((name, scale) for name, scale in loras or () if scale))
 

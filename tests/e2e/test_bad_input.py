@@ -739,7 +739,7 @@ class TestValues:
                 ("a limit of 0", {"denoising_limit": 0}, "denoising_limit must be more than 0"),
                 ("a limit by its alias, twice", {"denoising_limit": 0.5, "high_noise_frac": 0.5}, "is given twice"),
                 ("a parameter of FLUX", {"true_cfg_scale": 2}, "This model does not take true_cfg_scale"),
-                ("adapters that are not there", {"loras": "style:0.5"}, "This model does not take loras"),
+                ("adapters that are not there", {"loras": "style:0.5"}, "does not take loras; no adapter is loaded"),
                 ("an adapter's scale in words", {"loras": "style:much"}, "the scale in 'style:much' is not a number."),
                 ("an adapter twice", {"loras": "a,a:2"}, "loras names an adapter twice."),
                 ("an adapter without name", {"loras": ":0.5"}, "loras must be names such as"),

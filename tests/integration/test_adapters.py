@@ -18,6 +18,7 @@ from app.engine.sdxl import SdxlFamily
 from app.engine.weights import DEMO_WEIGHTS
 from app.errors import InvalidRequest, ModelLoadFailed
 from app.generation import GenerateRequest
+from app.parameters import check_combinations
 from tests.integration.stock import ours, theirs
 
 PROMPT = "a red circle on a white background"
@@ -116,8 +117,8 @@ def test_an_adapter_that_is_not_loaded_is_refused(
 
 
 def test_where_none_is_loaded_the_setting_is_named(family: SdxlFamily) -> None:
-    with pytest.raises(InvalidRequest, match=r"none is loaded \(--lora\)"):
-        family.resolve(GenerateRequest(prompt=PROMPT, loras=(("first", 1.0),)))
+    with pytest.raises(InvalidRequest, match=r"take loras; no adapter is loaded \(the server's setting lora\)\."):
+        check_combinations(GenerateRequest(prompt=PROMPT, loras=(("first", 1.0),)), family.parameters)
 
 
 @pytest.mark.parametrize(

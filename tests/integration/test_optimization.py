@@ -648,7 +648,7 @@ def test_guidance_of_sdxl_ends_early_only_where_the_server_allows_it() -> None:
     base = load_demo()
     off, family = SdxlFamily(base), SdxlFamily(base, optimization=LEVELS["max"])
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
-    with pytest.raises(InvalidRequest, match="does not take guidance_end"):
+    with pytest.raises(InvalidRequest, match="does not take guidance_end; it does where"):
         check_combinations(GenerateRequest(**asked, guidance_end=0.5), off.parameters)
     check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
     request = family.resolve(GenerateRequest(**asked, guidance_end=0.5))
@@ -681,7 +681,7 @@ def test_guidance_of_flux_ends_early_only_where_the_server_allows_it() -> None:
     off, family = flux_demo(), flux_demo(level="max", backend="eager")
     common: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 10, "seed": 5}
     asked = {**common, "true_cfg_scale": 2.0, "negative_prompt": "blue"}
-    with pytest.raises(InvalidRequest, match="does not take guidance_end"):
+    with pytest.raises(InvalidRequest, match="does not take guidance_end; it does where"):
         check_combinations(GenerateRequest(**asked, guidance_end=0.5), off.parameters)
     check_combinations(GenerateRequest(**asked, guidance_end=0.5), family.parameters)
     request = family.resolve(GenerateRequest(**asked, guidance_end=0.5))
