@@ -40,14 +40,14 @@ Also taken:
 - **A deadline**: the request's parameter `timeout` in microseconds.
 - **The same request again**: with the `Idempotency-Key` of the first one it is not painted twice, but gets the same
   answer, while the first one runs and for `idempotency_seconds` after.
-- **Schedulers that need certain steps**: `PNDM` (4 or more), `LCM` and `TCD` (50 or fewer). Each scheduler may also be
-  named by its diffusers class, such as `EulerDiscreteScheduler`.
+- **A scheduler by its diffusers class**, such as `EulerDiscreteScheduler`.
 - **Any size** of which each side is a multiple of {size_step} and at most `max_side`, and the product at most
   `max_pixels`.
 - **Any number of steps** with an image too, as long as `strength` times `num_inference_steps` leaves one to do.
-- **Several adapters** in `loras`, separated by commas: `style:0.8, detail`.
 - **Bodies packed** with `Content-Encoding: gzip` or `deflate`.
 """
+PICKY = "- **Schedulers that need certain steps**: `PNDM` (4 or more), `LCM` and `TCD` (50 or fewer).\n"
+ADAPTERS = "- **Several adapters** in `loras`, separated by commas: `style:0.8, detail`.\n"
 
 EXAMPLE_PROMPT = "a red circle on a white background"
 BINARY_DATA_OUTPUT = {
@@ -73,7 +73,10 @@ TITLES = {
 
 def description(offer: Offer) -> str:
     """What the schema cannot say, for those who read."""
-    return DESCRIPTION.replace("{size_step}", str(offer.size_step)) + offer.conditions()
+    text = DESCRIPTION.replace("{size_step}", str(offer.size_step))
+    text += PICKY if offer.has_picky_schedulers else ""
+    text += ADAPTERS if offer.has_adapters else ""
+    return text + offer.conditions()
 
 
 def schemas(offer: Offer) -> dict[str, Any]:

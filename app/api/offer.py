@@ -103,6 +103,14 @@ class Offer:
         sizes = {"height": default.height, "width": default.width} if default else {}
         return {name: size for name, size in sizes.items() if size is not None and size <= self.longest_side}
 
+    @property
+    def has_picky_schedulers(self) -> bool:
+        return not set(PICKY_SCHEDULERS).isdisjoint(self._family.schedulers)
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self._family.adapters)
+
     def takes(self, name: str) -> bool:
         return name in self._family.parameters
 
@@ -119,7 +127,7 @@ class Offer:
 
     def names(self, task: ImageTask) -> list[str]:
         """The parameters of a task that a schema can tell."""
-        left_out = {*CONDITIONS, *self.foreign(task), *(() if self._family.adapters else ("loras",))}
+        left_out = {*CONDITIONS, *self.foreign(task), *(() if self.has_adapters else ("loras",))}
         if task is not ImageTask.TEXT_TO_IMAGE:
             # With it, the least strength would hang on it; without it, on the default.
             left_out.add("num_inference_steps")

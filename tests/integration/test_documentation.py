@@ -210,9 +210,11 @@ async def test_every_parameter_is_told_with_its_type_and_meaning(document: dict[
 async def test_a_request_of_each_task_offers_every_parameter_or_says_in_words_what_it_needs(
     document: dict[str, Any],
 ) -> None:
-    in_words = {name for name in CONDITIONS if f"| `{name}` |" in infer_operation(document)["description"]}
+    text = infer_operation(document)["description"]
+    in_words = {name for name in CONDITIONS if f"| `{name}` |" in text}
     assert in_words == set(CONDITIONS)
     # This model has no adapters.
+    assert "loras" not in text
     everything = {*PARAMETERS, "binary_data_output", "priority"} - in_words - {"loras"}
     # With an image, the number of steps hangs on the strength, as the text says.
     assert set(documented_parameters(document, "Inpaint")) == everything - {"num_inference_steps"}
@@ -233,7 +235,9 @@ async def test_another_family_is_told_with_what_it_takes_and_nothing_else() -> N
         assert re.fullmatch(told["loras"]["pattern"], "style.2:0.5")
         assert not re.fullmatch(told["loras"]["pattern"], "style+2")
         assert "Inpaint" not in document["components"]["schemas"]
-        assert "a multiple of 16" in infer_operation(document)["description"]
+        text = infer_operation(document)["description"]
+        assert "a multiple of 16" in text and "`loras`" in text
+        assert not any(f"`{name}`" in text for name in PICKY_SCHEDULERS)
         for example in infer_examples(document).values():
             validator(document, "InferenceRequest").validate(example)
             assert (await client.post(INFER, json=example)).status_code == 200
