@@ -2,7 +2,8 @@
 
 The C++ compiler writes its libraries in place. One that was killed leaves a piece, which every later start would load
 and fail with; so whoever compiles leaves a mark until it is done, and what a mark without an owner tells of is removed.
-A second one in a row that has written nothing may have died of what it has read, and all of it goes.
+A second one in a row that has written nothing, and was not told to end, may have died of what it has read, and all of
+it goes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ HEARD = 1.0
 MARK = "compiling-"
 SUSPECT = "cut-short"
 """Is there after a start that was cut short and had written nothing, until one gets through."""
+TOLD = "told-to-end"
+"""Is there after a start that was told to end before it was through, until the next one."""
 
 
 def folder_of(settings: Settings) -> Path | None:
@@ -134,7 +137,19 @@ def compiling(folder: Path | None, ending: threading.Event | None = None) -> Ite
             os.close(mark[0])
 
 
+def excuse(folder: Path | None) -> None:
+    """Note for the next start that this one was told to end, and has not died of anything that it has read.
+
+    Args:
+        folder: of `folder_of`.
+    """
+    with contextlib.suppress(OSError):
+        if folder is not None:
+            (folder / TOLD).touch()
+
+
 def _mend(folder: Path) -> None:
+    told = (folder / TOLD).exists()
     for mark in folder.glob(f"{MARK}*"):
         if _in_use(mark):
             continue
@@ -144,11 +159,14 @@ def _mend(folder: Path) -> None:
             library.unlink(missing_ok=True)
         mark.unlink(missing_ok=True)
         logger.warning("a start was cut short while it compiled: %d files in %s are deleted", len(pieces), folder)
-        if not pieces and (folder / SUSPECT).exists():
+        if pieces or told:
+            continue
+        if (folder / SUSPECT).exists():
             logger.warning("it was the second in a row: all that %s held is deleted", folder)
             _empty(folder)
-        elif not pieces:
+        else:
             (folder / SUSPECT).touch()
+    (folder / TOLD).unlink(missing_ok=True)
 
 
 def _in_use(mark: Path) -> bool:

@@ -275,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     code = _serve(settings, server, listener, failures)
     loaded = ready.done() and ready.exception() is None
+    if code == 0 and not loaded:
+        compile_cache.excuse(compile_cache.folder_of(settings))
     if code == DEVICE_LOST or not loaded or any(thread.name == DEVICE_THREAD for thread in threading.enumerate()):
         # Not loaded, hanging or lost: torch cannot be interrupted, and it may crash an interpreter that ends around it.
         # An interpreter would also wait for all that is left to compile.

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app import compile_cache
 from app.errors import InvalidSettings
 from app.settings import Settings
 from app.settings_sources import load_settings
@@ -554,7 +555,7 @@ def test_nobody_waits_for_what_is_left_to_compile_where_it_is_for_nobody(tmp_pat
         "app.main._load_family = load\n"
         "sys.exit(app.main.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "--http_port", "0"]
+    command = [sys.executable, "-c", code, "--http_port", "0", "--optimize", "compile", "--cache_dir", "cache"]
     with subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -563,6 +564,7 @@ def test_nobody_waits_for_what_is_left_to_compile_where_it_is_for_nobody(tmp_pat
             if told:
                 process.send_signal(signal.SIGINT)
             assert process.wait(30) == (0 if told else 1)
+            assert (tmp_path / "cache" / compile_cache.TOLD).exists() == told
         finally:
             process.kill()
 

@@ -199,6 +199,27 @@ def test_a_cache_that_kills_whoever_reads_it_is_emptied_the_second_time(tmp_path
     assert len(list(tmp_path.rglob("*.so"))) == 1, "one got through in between"
 
 
+def test_a_start_that_is_told_to_end_is_no_sign_of_a_broken_cache(tmp_path: Path) -> None:
+    whole = library(tmp_path, "whole", age=60)
+    code = (
+        "import os, sys, pathlib, app.compile_cache as cache\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with cache.compiling(folder): {}; os._exit(0)"
+    )
+
+    def end(how: str) -> None:
+        subprocess.run([sys.executable, "-c", code.format(how), tmp_path], check=True)
+        keep(tmp_path)
+
+    for _ in range(3):
+        end("cache.excuse(folder)")
+    end("pass")
+    end("cache.excuse(folder)")
+    assert whole.exists()
+    end("pass")
+    assert not whole.exists(), "two have died of themselves, and none has got through"
+
+
 def test_without_a_folder_it_is_kept_among_the_users_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiles = Settings(optimize="max")
     assert folder_of(compiles) is None, "the environment names a place"
