@@ -120,7 +120,6 @@ def test_a_folder_may_name_heun_as_its_scheduler() -> None:
         ({"scheduler": "Heun", "use_beta_sigmas": True}, "use_beta_sigmas needs the scheduler Euler"),
         ({"sigmas": (1.0, 0.0)}, "to more than 0"),
         ({"sigmas": (14.6, 1.0)}, "from at most 1"),
-        ({"loras": (("style", 1.0),)}, "no adapter 'style'; none is loaded"),
         ({"prompt": "x" * 600}, "prompt has 602 tokens, 90 more than max_sequence_length .512.; shorten it"),
         ({"prompt": "x" * 99, "max_sequence_length": 64}, "101 tokens, 37 more .* larger max_sequence_length"),
         ({"prompt_2": "x" * 600}, "prompt_2 has 602 tokens"),
