@@ -229,7 +229,8 @@ class Edge:
         status = size = 0
         fault: RuntimeFault
         body = _Body(receive, self._body_timeout)
-        closes = headers.get(b"connection", b"").lower() == b"close" or scope["http_version"] == "1.0"
+        options = [option.strip() for option in headers.get(b"connection", b"").lower().split(b",")]
+        closes = b"close" in options or scope["http_version"] == "1.0"
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, size, closes

@@ -188,15 +188,19 @@ def test_a_body_that_is_no_http_is_told_so_and_nothing_fails_for_it(
 
 
 @pytest.mark.parametrize(
-    ("path", "size", "status"),
-    [("/v2/models/other/infer", 30_000_000, 404), ("/elsewhere", 30_000_000, 404), (INFER, 100_000_000, 413)],
+    ("path", "size", "status", "option"),
+    [
+        ("/v2/models/other/infer", 30_000_000, 404, "close"),
+        ("/elsewhere", 30_000_000, 404, "TE, Close"),
+        (INFER, 100_000_000, 413, "close"),
+    ],
 )
 def test_who_sends_all_before_it_looks_finds_its_answer_on_a_connection_that_is_to_be_closed(
-    path: str, size: int, status: int
+    path: str, size: int, status: int, option: str
 ) -> None:
     with running(Instant) as each:
         connection = http.client.HTTPConnection("127.0.0.1", each.port, timeout=WAIT)
-        connection.request("POST", path, bytes(size), {"Connection": "close"})
+        connection.request("POST", path, bytes(size), {"Connection": option})
         answer = connection.getresponse()
         assert answer.status == status and json.load(answer)["error"]
         assert answer.getheader("connection") == "close"
