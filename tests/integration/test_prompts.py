@@ -107,6 +107,7 @@ def test_weights_are_read_where_a_number_stands(prompt: str, texts: list[str], w
         ({"prompt": "a", "prompt_2": "x " * 3_001}, "prompt_2 has 3001 tokens"),
         ({"prompt": "a", "negative_prompt_2": "x " * 3_001}, "negative_prompt_2 has 3001 tokens"),
         ({"prompt": "(a:0.5) " * 80}, "with 80 tokens and 80 such parts is 162 times; at most 80 are done"),
+        ({"prompt": "(a:0.5) " * 40 + "b " * 110}, "with 150 tokens and 40 such parts is 82 times"),
         ({"prompt": "(a:0.5) b " * 2 + "c " * 2_000}, "with 2004 tokens and 2 such parts is 81 times"),
     ],
 )
@@ -123,7 +124,7 @@ def test_a_long_negative_prompt_goes_with_clip_skip(family: SdxlFamily) -> None:
     assert picture.shape == (128, 128, 3)
 
 
-@pytest.mark.parametrize("prompt", ["x " * 3_000, "x" * 2_999, "(a:0.5) b " * 26, "(a:0.5) " + "b " * 2_900])
+@pytest.mark.parametrize("prompt", ["x " * 3_000, "x" * 2_999, "(a:0.5) " * 39 + "b " * 111, "(a:0.5) " + "b " * 2_999])
 def test_the_longest_prompts_are_read_in_moments(family: SdxlFamily, prompt: str) -> None:
     """Not in time that grows with the square of their length: the device waits for them, and with it everybody."""
     calls = 0
