@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from app.engine.batcher import Batcher
+from app.engine.scheduler_names import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.errors import OutOfMemory
 from app.generation import GeneratedImage, GenerateRequest
@@ -125,6 +126,19 @@ def test_sixteen_requests_of_every_kind_at_once_give_the_pictures_that_each_give
     passes = telemetry.registry.get_sample_value("sdxl_images_per_forward_pass_count", {"model_name": "kinds"}) or 0.0
     steps = telemetry.registry.get_sample_value("sdxl_steps_total", {"model_name": "kinds"}) or 0.0
     assert passes <= steps / 2, "forward passes were hardly shared"
+
+
+def test_no_scheduler_but_those_that_magnify_rounding_shows_company(family: SdxlFamily) -> None:
+    names = [name for name in NAMES if "SDE" not in name and name not in ("LCM", "DPM2 a")]
+    requests = [
+        GenerateRequest(prompt="a red star", seed=seed, num_inference_steps=12, guidance_scale=7.0, scheduler=name)
+        for seed, name in enumerate(names)
+    ]
+    alone = paint(family, [[request] for request in requests], Telemetry("schedulers alone"))
+    together = paint(family, [requests], Telemetry("schedulers together"))
+    for name, one, other in zip(names, alone, together, strict=True):
+        difference = np.frombuffer(one.pixels.data, np.uint8).astype(int) - np.frombuffer(other.pixels.data, np.uint8)
+        assert np.abs(difference).max() <= 2, name
 
 
 @pytest.mark.parametrize(
