@@ -203,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loop.add_argument("--rate", type=positive, help="open loop: requests a second on average")
     parser.add_argument("--seconds", type=positive, default=30.0, help="how long to send requests")
     parser.add_argument("--steps", type=int, nargs=2, default=(10, 30), help="fewest and most denoising steps")
+    parser.add_argument(
+        "--schedulers", nargs="+", default=SCHEDULERS, metavar="NAME", help="to choose from; FLUX has Euler and Heun"
+    )
     parser.add_argument("--slo", type=positive, default=10.0, help="seconds within which a picture is in time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for all that was measured")
@@ -216,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps must be the fewest, from 1, and then the most, not {fewest} {most}")
 
     generator = Generator(given.url, given.model, api_key=given.api_key)
-    mix = Mix(steps=(fewest, most), seed=given.seed)
+    mix = Mix(steps=(fewest, most), schedulers=given.schedulers, seed=given.seed)
     if given.rate is not None:
         load = asyncio.run(generator.open(given.rate, given.seconds, mix))
     else:

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ class Scripted:
         self.retry_after = retry_after
         self.statuses = itertools.cycle(statuses)
         self.delay = delay
-        self.bodies: list[dict[str, object]] = []
+        self.bodies: list[dict[str, Any]] = []
         self.together = 0
         self.most_together = 0
         self.connections: set[asyncio.Task[None] | None] = set()
@@ -148,6 +149,13 @@ async def test_the_command_line_writes_what_it_measured(tmp_path: Path, capsys: 
     assert written["summary"] == json.loads(capsys.readouterr().out)
     assert len(written["latencies"]) == written["summary"]["pictures"] > 0
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+async def test_only_schedulers_that_the_model_has_are_asked_for() -> None:
+    scripted = Scripted([200])
+    async with serving(scripted) as url:
+        await asyncio.to_thread(main, ["--url", url, "--seconds", "0.3", "--schedulers", "Euler", "Heun"])
+    assert {body["parameters"]["scheduler"] for body in scripted.bodies} == {"Euler", "Heun"}
 
 
 @pytest.mark.parametrize("value", ["0", "nan", "inf"])
