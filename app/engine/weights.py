@@ -66,6 +66,9 @@ def load_family(
         )
     if not settings.use_refiner and (settings.refiner_id or settings.refiner_single_file_model):
         logger.warning("a refiner is named but not loaded; --use_refiner loads it")
+    for prefix in ("", "refiner_"):
+        if getattr(settings, f"{prefix}config_dir") and not getattr(settings, f"{prefix}single_file_model"):
+            logger.warning("--%sconfig_dir has no effect: it is for --%ssingle_file_model alone", prefix, prefix)
 
     say("importing torch")
     with importing("torch"):

@@ -288,6 +288,14 @@ def test_a_refiner_that_is_named_but_not_wanted_is_told(folders: Path, caplog: p
     assert "a refiner is named but not loaded; --use_refiner loads it" in caplog.text
 
 
+def test_a_folder_of_configurations_without_a_single_file_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    load(model_id="demo", config_dir="/nowhere", refiner_config_dir="/nowhere")
+    assert [record.message for record in caplog.records if "no effect" in record.message] == [
+        "--config_dir has no effect: it is for --single_file_model alone",
+        "--refiner_config_dir has no effect: it is for --refiner_single_file_model alone",
+    ]
+
+
 def test_base_and_refiner_in_each_others_place_are_told_apart(folders: Path) -> None:
     base, refiner = str(folders / "base"), str(folders / "refiner")
     assert complaint(model_id=refiner) == (
