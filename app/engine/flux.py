@@ -18,6 +18,7 @@ from diffusers import FluxInpaintPipeline, FluxPipeline
 from app import images
 from app.engine import schedulers
 from app.engine.adapters import Adapters, Loras
+from app.engine.company import round_as_alone
 from app.engine.device import Pace, draw_noise, on_device, sending
 from app.engine.family import Family
 from app.engine.flow_schedulers import NAMES, FlowSchedulers, first_step
@@ -86,6 +87,8 @@ class FluxFamily(Family[FluxJob]):
         self._cache = StepCache(self._transformer) if optimization.step_cache > 1 else None
         self._device: torch.device = pipeline._execution_device
         self._pace = Pace(self._device)
+        if self._device.type == "cpu" and self._compiler is None:
+            round_as_alone(self._transformer, rows=1)
         # Only for its helpers; the pipeline itself has none that reads an image.
         self._inpaint = FluxInpaintPipeline(**pipeline.components)
         self._vae = Vae(pipeline.vae, self._inpaint.image_processor, self._compiler)

@@ -10,6 +10,7 @@ import torch
 
 from app.engine import schedulers
 from app.engine.adapters import Loras
+from app.engine.company import round_as_alone
 from app.engine.family import Job
 from app.engine.fp8 import use_fp8
 from app.engine.optimization import OFF, Optimization
@@ -51,6 +52,8 @@ class Part:
         if optimization.fp8:
             use_fp8(self.unet, optimization.cache_dir)
         self.predict: Callable[..., Any] = self.unet
+        if device.type == "cpu" and compiler is None:
+            round_as_alone(self.unet, rows=2)
         if compiler is not None:
             # Long prompts bring more tokens.
             lengths = {"encoder_hidden_states": 1}
