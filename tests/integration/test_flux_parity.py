@@ -150,7 +150,14 @@ def test_several_pictures_of_one_request_are_those_of_its_seed_and_the_next(pair
     jobs = [pair.family.begin(request, pair.family.encode(request)) for request in resolved]
     while not jobs[0].done:
         pair.family.step(jobs)
-    assert np.array_equal(pair.family.decode(jobs), np.stack([np.asarray(image) for image in expected]))
+    # The stock call rounds as two do, ours as each does alone.
+    found, both = pair.family.decode(jobs).astype(int), np.stack([np.asarray(image) for image in expected])
+    assert np.abs(found - both).max() <= 1
+    for latents, request in zip([job.latents for job in jobs], resolved, strict=True):
+        job = pair.family.begin(request, pair.family.encode(request))
+        while not job.done:
+            pair.family.step([job])
+        assert torch.equal(job.latents, latents)
 
 
 @pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
