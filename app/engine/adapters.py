@@ -114,7 +114,8 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-                pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, local_files_only=True)
+                source = (_with_own_alphas(path) if transformer is None else None) or path.parent
+                pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name, local_files_only=True)
         except Exception as error:
             why = "its layers are of other sizes" if "size mismatch" in str(error) else first_line(error)
             raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {why}.") from error
@@ -158,3 +159,26 @@ def _check_file(path: Path) -> None:
     for part, kind in UNREAD:
         if any(part in name for name in names):
             raise ModelLoadFailed(f"The adapter {path} is {kind}, and only LoRA and LoCon are read; take one of those.")
+
+
+def _with_own_alphas(path: Path) -> dict[str, Any] | None:
+    """The tensors of an adapter in kohya's layout whose layers differ in alpha, each alpha in its layer's weights.
+
+    They differ where each layer has a rank of its own, as in adapters that were extracted from a model or made smaller.
+    For the attention and the text encoders of SDXL diffusers takes the most common one then, too strong or too weak.
+
+    Returns:
+        Tensors without alphas, which is without any scale; ``None`` where diffusers reads the file as it is meant.
+    """
+    from safetensors.torch import load_file  # which imports torch
+
+    tensors = load_file(path)
+    layers = [name.removesuffix("lora_up.weight") for name in tensors if name.endswith(".lora_up.weight")]
+    alphas = {layer: tensors[f"{layer}alpha"].item() for layer in layers if f"{layer}alpha" in tensors}
+    if len(set(alphas.values())) < 2:
+        return None
+    for layer, alpha in alphas.items():
+        up, rank = tensors[f"{layer}lora_up.weight"], len(tensors[f"{layer}lora_down.weight"])
+        tensors[f"{layer}lora_up.weight"] = (up.float() * alpha / rank).to(up.dtype)
+        del tensors[f"{layer}alpha"]
+    return tensors
