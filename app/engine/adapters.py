@@ -30,6 +30,11 @@ UNREAD = (
     (".oft_", "an OFT"),
     (".on_input", "an (IA)³ of LyCORIS"),
 )
+KOHYA = {
+    "lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0",
+    "lora_unet_add_embedding_linear_2": "lora_unet_label_emb_0_2",
+}
+"""Layers by the names that OneTrainer has from diffusers, which passes over these, and by kohya's, which it reads."""
 
 Loras = tuple[tuple[str, float], ...]
 """Names and scales, as `GenerateRequest.loras` has them."""
@@ -114,7 +119,7 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-                source = (_with_own_alphas(path) if transformer is None else None) or path.parent
+                source = (_read_kohya(path) if transformer is None else None) or path.parent
                 pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name, local_files_only=True)
         except Exception as error:
             why = "its layers are of other sizes" if "size mismatch" in str(error) else first_line(error)
@@ -161,22 +166,29 @@ def _check_file(path: Path) -> None:
             raise ModelLoadFailed(f"The adapter {path} is {kind}, and only LoRA and LoCon are read; take one of those.")
 
 
-def _with_own_alphas(path: Path) -> dict[str, Any] | None:
-    """The tensors of an adapter in kohya's layout whose layers differ in alpha, each alpha in its layer's weights.
+def _read_kohya(path: Path) -> dict[str, Any] | None:
+    """The tensors of an SDXL adapter in the layout of kohya's scripts, in a form of which diffusers reads every layer.
 
-    They differ where each layer has a rank of its own, as in adapters that were extracted from a model or made smaller.
-    For the attention and the text encoders of SDXL diffusers takes the most common one then, too strong or too weak.
+    Where layers differ in alpha, as in adapters that were extracted from a model or made smaller, diffusers takes the
+    most common one for attention and text encoders, too strong or too weak. So each is multiplied into its layer's
+    weights then.
 
     Returns:
-        Tensors without alphas, which is without any scale; ``None`` where diffusers reads the file as it is meant.
+        ``None`` where the adapter is in another layout.
     """
     from safetensors.torch import load_file  # which imports torch
 
     tensors = load_file(path)
+    if not any(name.endswith(".lora_up.weight") for name in tensors):
+        return None
+    for name in list(tensors):
+        layer, dot, kind = name.partition(".")
+        if layer in KOHYA:
+            tensors[f"{KOHYA[layer]}{dot}{kind}"] = tensors.pop(name)
     layers = [name.removesuffix("lora_up.weight") for name in tensors if name.endswith(".lora_up.weight")]
     alphas = {layer: tensors[f"{layer}alpha"].item() for layer in layers if f"{layer}alpha" in tensors}
     if len(set(alphas.values())) < 2:
-        return None
+        return tensors
     for layer, alpha in alphas.items():
         up, rank = tensors[f"{layer}lora_up.weight"], len(tensors[f"{layer}lora_down.weight"])
         tensors[f"{layer}lora_up.weight"] = (up.float() * alpha / rank).to(up.dtype)

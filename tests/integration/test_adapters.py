@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,29 +177,39 @@ def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
         load_adapters(pipeline, [f"x={vae}"])
 
 
-def test_layers_that_differ_in_rank_and_alpha_are_each_as_strong_as_they_are_meant(tmp_path: Path) -> None:
-    """As kohya's scripts leave them where they extract an adapter or make one smaller."""
+def add_kohya(pipeline: StableDiffusionXLPipeline, scales: Sequence[tuple[int, float]]) -> dict[str, torch.Tensor]:
+    """An adapter as kohya's scripts and OneTrainer write it, for every layer that they know; `pipeline` has it added.
+
+    Args:
+        pipeline: whose weights are changed.
+        scales: rank and alpha of the layers, in turn.
+    """
     torch.manual_seed(4)
-    expected = fresh()
-    parts = {"unet": expected.unet, "te1_text_model": expected.text_encoder, "te2_text_model": expected.text_encoder_2}
+    parts = {"unet": pipeline.unet, "te1_text_model": pipeline.text_encoder, "te2_text_model": pipeline.text_encoder_2}
     layers = {
         f"lora_{part}_{path.removeprefix('text_model.').replace('.', '_')}": layer
         for part, module in parts.items()
         for path, layer in module.named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and ("attentions." in path or "layers." in path)
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and path != "text_projection"
     }
     tensors: dict[str, torch.Tensor] = {}
     for number, (name, layer) in enumerate(layers.items()):
-        rank, alpha = ((4, 4), (2, 1), (8, 16))[number % 3]
+        rank, alpha = scales[number % len(scales)]
         shape = layer.weight.shape
         down = 0.05 * torch.randn(rank, *shape[1:])
         up = 0.05 * torch.randn(shape[0], rank, *([1] * (len(shape) - 2)))
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
         with torch.no_grad():
             layer.weight += (up.flatten(1) @ down.flatten(1)).reshape(shape) * alpha / rank
-    save_file(tensors, tmp_path / "x.safetensors")
-    pipeline = fresh()
+    return tensors
+
+
+@pytest.mark.parametrize("scales", [[(4, 2.0)], [(4, 4.0), (2, 1.0), (8, 16.0)]])
+def test_every_layer_counts_with_its_own_rank_and_alpha(tmp_path: Path, scales: list[tuple[int, float]]) -> None:
+    """These differ in adapters that were extracted from a model or made smaller."""
+    expected, pipeline = fresh(), fresh()
+    save_file(add_kohya(expected, scales), tmp_path / "x.safetensors")
     family = SdxlFamily(pipeline, adapters=load_adapters(pipeline, [f"x={tmp_path}/x.safetensors"]))
     picture = ours(family, seed=2, loras=(("x", 1.0),), **COMMON)
     assert np.abs(picture.astype(int) - theirs(expected, 2, **COMMON)).max() <= 2
