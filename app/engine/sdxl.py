@@ -102,10 +102,11 @@ class SdxlFamily(Family[SdxlJob]):
 
     @on_device
     def encode(self, request: GenerateRequest) -> Conditioning:
-        loras = request.loras or ()
-        self._activate(loras)
         conditioning = Conditioning({}, {})
         for part in parts_of(request, self._base, self._refiner):
+            # Adapters are the base's, also where it shares an encoder with the refiner.
+            loras = (request.loras or ()) if part is self._base else ()
+            self._activate(loras)
             # The refiner has only the second encoder, and reads the prompt with it.
             positive = part.prompts.encode(request.prompt, request.prompt_2, request.clip_skip, loras)
             if self._requests.guided(request):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from app.errors import InvalidRequest, ModelLoadFailed
 from app.generation import GenerateRequest
 from app.parameters import check_combinations
 from tests.integration.stock import ours, theirs
+from tests.small_models import make_refiner
 
 PROMPT = "a red circle on a white background"
 COMMON: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3}
@@ -213,6 +215,19 @@ def test_every_layer_counts_with_its_own_rank_and_alpha(tmp_path: Path, scales: 
     family = SdxlFamily(pipeline, adapters=load_adapters(pipeline, [f"x={tmp_path}/x.safetensors"]))
     picture = ours(family, seed=2, loras=(("x", 1.0),), **COMMON)
     assert np.abs(picture.astype(int) - theirs(expected, 2, **COMMON)).max() <= 2
+
+
+def test_an_adapter_of_the_base_does_not_reach_the_refiner_through_an_encoder_that_both_have(tmp_path: Path) -> None:
+    save_file(add_kohya(fresh(), [(4, 4.0)]), tmp_path / "x.safetensors")
+    pictures = []
+    for shares in (True, False):
+        base = fresh()
+        refiner = make_refiner(base)
+        if not shares:
+            refiner.register_modules(text_encoder_2=copy.deepcopy(base.text_encoder_2))
+        family = SdxlFamily(base, refiner, load_adapters(base, [f"x={tmp_path}/x.safetensors"]))
+        pictures.append(ours(family, seed=2, loras=(("x", 1.0),), denoising_limit=0.5, **COMMON))
+    assert np.array_equal(pictures[0], pictures[1])
 
 
 LAYER = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
