@@ -29,6 +29,8 @@ UNREAD = (
     (".lokr_w", "a LoKr of LyCORIS"),
     (".oft_", "an OFT"),
     (".on_input", "an (IA)³ of LyCORIS"),
+    (".lora_mid.", "a Tucker decomposition of LyCORIS"),
+    (".w_norm", "one of LyCORIS that changes norms"),
 )
 KOHYA = {
     "lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0",

@@ -241,6 +241,8 @@ LAYER = "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q"
         (["lokr_w1", "lokr_w2", "alpha"], "is a LoKr of LyCORIS"),
         (["oft_blocks", "alpha"], "is an OFT"),
         (["weight", "on_input"], "is an (IA)³ of LyCORIS"),
+        (["lora_down.weight", "lora_mid.weight", "lora_up.weight", "alpha"], "is a Tucker decomposition of LyCORIS"),
+        (["w_norm", "b_norm"], "is one of LyCORIS that changes norms"),
     ],
 )
 def test_adapters_that_diffusers_does_not_read_whole_are_refused(tmp_path: Path, parts: list[str], says: str) -> None:
