@@ -102,21 +102,10 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
     """
     if not references:
         return None
-    scales: dict[str, float] = {}
     transformer = getattr(pipeline, "transformer", None)
     channels = None if transformer is None else transformer.config.in_channels
-    for reference in references:
-        name, path, scale = parse_reference(reference)
-        if name in scales:
-            raise ModelLoadFailed(f"--lora names {name!r} twice; each adapter needs a name of its own.")
-        with contextlib.suppress(OSError):  # of a path that cannot be looked at, which the check tells
-            if path.is_dir():
-                path /= FILE
-            elif path.exists() and path.suffix != SUFFIX:  # others could run code
-                raise ModelLoadFailed(
-                    f"The adapter {path} is no {SUFFIX} file; convert it, other formats are not read."
-                )
-        _check_file(path)
+    found = find_adapters(references)
+    for name, (path, _) in found.items():
         logger.info("loading the adapter %s from %s", name, path)
         try:
             with warnings.catch_warnings():
@@ -136,9 +125,31 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
                 f"The adapter in {path} is a Control LoRA (such as FLUX.1 Depth or Canny), which needs a second "
                 "picture in every step and is not served; leave it out."
             )
-        scales[name] = scale
     pipeline.disable_lora()
-    return Adapters(pipeline, scales)
+    return Adapters(pipeline, {name: scale for name, (_, scale) in found.items()})
+
+
+def find_adapters(references: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """File and scale of each adapter that ``--lora`` names, checked as far as that goes without reading weights.
+
+    Raises:
+        ModelLoadFailed: with one sentence that names the file and what to do.
+    """
+    found: dict[str, tuple[Path, float]] = {}
+    for reference in references:
+        name, path, scale = parse_reference(reference)
+        if name in found:
+            raise ModelLoadFailed(f"--lora names {name!r} twice; each adapter needs a name of its own.")
+        with contextlib.suppress(OSError):  # of a path that cannot be looked at, which the check tells
+            if path.is_dir():
+                path /= FILE
+            elif path.exists() and path.suffix != SUFFIX:  # others could run code
+                raise ModelLoadFailed(
+                    f"The adapter {path} is no {SUFFIX} file; convert it, other formats are not read."
+                )
+        _check_file(path)
+        found[name] = path, scale
+    return found
 
 
 def parse_reference(reference: str) -> tuple[str, Path, float]:

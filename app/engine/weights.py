@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.engine.adapters import find_adapters
 from app.engine.family import Family
 from app.engine.folders import NAMES, Kind, ModelFolder, is_model_folder, read_folder
 from app.engine.libraries import import_libraries
@@ -85,6 +86,7 @@ def load_family(
 def _find(settings: Settings, report: Report) -> tuple[Source, ModelFolder | None, Source | None]:
     """The base, the rest of a FLUX model of which the base is a part, and the refiner."""
     try:
+        find_adapters(settings.lora)  # first: a base may have to be downloaded
         base = find_base(settings, report)
         rest = None
         if isinstance(base, SingleFile) and base.kind is Kind.FLUX:

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 from app.engine.adapters import load_adapters, parse_reference
 from app.engine.sdxl import SdxlFamily
-from app.engine.weights import DEMO_WEIGHTS
+from app.engine.weights import DEMO_WEIGHTS, load_family
 from app.errors import InvalidRequest, ModelLoadFailed
 from app.generation import GenerateRequest
 from app.parameters import check_combinations
+from app.settings import Settings
 from tests.integration.stock import ours, theirs
 from tests.small_models import make_refiner
 
@@ -177,6 +178,15 @@ def test_broken_files_are_named(folder: Path, tmp_path: Path) -> None:
     vae = DEMO_WEIGHTS / "sdxl" / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ModelLoadFailed, match=r"adapter in .*diffusion_pytorch_model"):
         load_adapters(pipeline, [f"x={vae}"])
+
+
+def test_what_is_wrong_with_an_adapter_is_told_before_the_model_is_read(folder: Path, tmp_path: Path) -> None:
+    good = f"x={folder / 'first.safetensors'}"
+    for lora in ((f"x={tmp_path}/missing.safetensors",), (good, good)):
+        said: list[str] = []
+        with pytest.raises(ModelLoadFailed):
+            load_family(Settings(model_id="demo", lora=lora), said.append)
+        assert said == ["checking files"]
 
 
 def add_kohya(pipeline: StableDiffusionXLPipeline, scales: Sequence[tuple[int, float]]) -> dict[str, torch.Tensor]:
