@@ -7,7 +7,8 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# Bytecode comes from all cores, where pip takes one. torch has a file of tests for a later Python, which does not compile.
+# Bytecode comes from all cores, where pip takes one. torch has a file of tests for a later Python, which does not
+# compile.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[test]'

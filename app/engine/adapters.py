@@ -191,9 +191,9 @@ def _read_kohya(path: Path) -> dict[str, Any] | None:
     """
     from safetensors.torch import load_file  # which imports torch
 
-    tensors = load_file(path)
-    if not any(name.endswith(".lora_up.weight") for name in tensors):
+    if not any(name.endswith(".lora_up.weight") for name in read_checkpoint(path).shapes):
         return None
+    tensors = load_file(path)
     for name in list(tensors):
         layer, dot, kind = name.partition(".")
         if layer in KOHYA:

@@ -52,14 +52,14 @@ class Part:
         if optimization.fp8:
             use_fp8(self.unet, optimization.cache_dir)
         self.predict: Callable[..., Any] = self.unet
-        if device.type == "cpu" and compiler is None:
-            round_as_alone(self.unet, rows=2)
         if compiler is not None:
             # Long prompts bring more tokens.
             lengths = {"encoder_hidden_states": 1}
             self.predict = compiler.compile(self.unet, lengths=lengths, graphs=optimization.graphs)
             for encoder in filter(None, (pipeline.text_encoder, pipeline.text_encoder_2)):
                 compiler.compile_encoder(encoder)
+        elif device.type == "cpu":
+            round_as_alone(self.unet, rows=2)
         self.schedulers = schedulers.Schedulers(pipeline.scheduler)
         self.prompts = PromptEncoder(pipeline, device)
         if vae is None or vae.module is not pipeline.vae:

@@ -56,12 +56,8 @@ def test_other_layers_and_what_has_many_positions_are_computed_as_ever() -> None
     before = copy.deepcopy(model)
     round_as_alone(model, 1)
     round_as_alone(model, 1)
-    assert [type(layer) is type(other) for layer, other in zip(model, before, strict=True)] == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    same = [type(layer) is type(other) for layer, other in zip(model, before, strict=True)]
+    assert same == [False, True, False, True]
     tokens, pixels = torch.randn(3, 5, 8), torch.randn(CONVOLUTION_ROWS, 4, 6, 6)
     assert torch.equal(model[0](tokens), before[0](tokens))
     assert torch.equal(model[2](pixels), before[2](pixels))
