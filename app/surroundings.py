@@ -63,7 +63,8 @@ def _temporary_home() -> str:
 def tell(sentence: str, termination_log: Path | None) -> None:
     """Write why the server cannot run to standard error and, where the file exists, to the termination log."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"sdxl-runtime: {sentence}", file=sys.stderr, flush=True)
+        # In one piece, so that nothing that a thread logs meanwhile comes before the line's end.
+        print(f"sdxl-runtime: {sentence}\n", end="", file=sys.stderr, flush=True)
     if termination_log is not None:
         # Nobody but the container's runtime makes this file; a pipe there must not hold us up.
         with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ Nothing is fused and nothing reloaded for a request; jobs with the same adapters
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 import warnings
@@ -32,6 +33,10 @@ UNREAD = (
     (".lora_mid.", "a Tucker decomposition of LyCORIS"),
     (".w_norm", "one of LyCORIS that changes norms"),
 )
+LAYER = re.compile(r"lora(_up|_B|\w*\.up)\b.*weight")
+"""In the name of one tensor of each layer, whoever wrote the adapter."""
+FUSED = {"qkv": 3, "linear1": 4}
+"""As how many layers diffusers has these of FLUX, by a part of their names in other layouts."""
 KOHYA = {
     "lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0",
     "lora_unet_add_embedding_linear_2": "lora_unet_label_emb_0_2",
@@ -117,6 +122,7 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
             raise ModelLoadFailed(f"The adapter in {path} does not fit the model: {why}.") from error
         if not any(name in adapters for adapters in pipeline.get_list_adapters().values()):
             raise ModelLoadFailed(f"The adapter in {path} has no weights for this model; name one made for it.")
+        _warn_of_ignored(pipeline, name, path)
         if transformer is not None and (
             transformer.config.in_channels != channels or getattr(transformer, "_transformer_norm_layers", None)
         ):
@@ -177,6 +183,21 @@ def _check_file(path: Path) -> None:
     for part, kind in UNREAD:
         if any(part in name for name in names):
             raise ModelLoadFailed(f"The adapter {path} is {kind}, and only LoRA and LoCon are read; take one of those.")
+
+
+def _warn_of_ignored(pipeline: Any, name: str, path: Path) -> None:
+    """Tell of layers for which the model has no place, over which diffusers passes."""
+    has = sum(
+        next((parts for part, parts in FUSED.items() if part in tensor), 1)
+        for tensor in read_checkpoint(path).shapes
+        if LAYER.search(tensor)
+    )
+    modules = [part.modules() for part in pipeline.components.values() if hasattr(part, "modules")]
+    takes = sum(name in getattr(module, "lora_A", ()) for module in itertools.chain(*modules))
+    if takes < has:
+        logger.warning(
+            "the model takes %d of the %d layers that the adapter %s has, and ignores the others", takes, has, name
+        )
 
 
 def _read_kohya(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app.engine.adapters import load_adapters, parse_reference
 from app.engine.sdxl import SdxlFamily
@@ -218,13 +218,31 @@ def add_kohya(pipeline: StableDiffusionXLPipeline, scales: Sequence[tuple[int, f
 
 
 @pytest.mark.parametrize("scales", [[(4, 2.0)], [(4, 4.0), (2, 1.0), (8, 16.0)]])
-def test_every_layer_counts_with_its_own_rank_and_alpha(tmp_path: Path, scales: list[tuple[int, float]]) -> None:
+def test_every_layer_counts_with_its_own_rank_and_alpha(
+    tmp_path: Path, scales: list[tuple[int, float]], caplog: pytest.LogCaptureFixture
+) -> None:
     """These differ in adapters that were extracted from a model or made smaller."""
     expected, pipeline = fresh(), fresh()
     save_file(add_kohya(expected, scales), tmp_path / "x.safetensors")
     family = SdxlFamily(pipeline, adapters=load_adapters(pipeline, [f"x={tmp_path}/x.safetensors"]))
     picture = ours(family, seed=2, loras=(("x", 1.0),), **COMMON)
     assert np.abs(picture.astype(int) - theirs(expected, 2, **COMMON)).max() <= 2
+    assert not [record for record in caplog.records if "ignores" in record.message]
+
+
+def test_layers_without_a_place_in_the_model_are_counted(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_adapters(fresh(), [f"x={folder / 'second.safetensors'}"])
+    assert "ignores" not in caplog.text
+    tensors = load_file(folder / "second.safetensors")
+    has = len(tensors) // 2
+    stray = "unet.down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors |= {f"{stray}.lora_A.weight": torch.ones(4, 64), f"{stray}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    load_adapters(fresh(), [f"x={tmp_path / 'x.safetensors'}"])
+    said = f"the model takes {has} of the {has + 1} layers that the adapter x has, and ignores the others"
+    assert said in caplog.text
 
 
 def test_an_adapter_of_the_base_does_not_reach_the_refiner_through_an_encoder_that_both_have(tmp_path: Path) -> None:

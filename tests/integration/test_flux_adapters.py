@@ -112,3 +112,26 @@ def test_a_control_adapter_which_would_change_the_model_itself_is_refused(
     save_file(tensors, tmp_path / "control.safetensors")
     with pytest.raises(ModelLoadFailed, match=r"control\.safetensors is a Control LoRA .* is not served"):
         load_adapters(pipeline, [f"x={tmp_path / 'control.safetensors'}"])
+
+
+def test_layers_without_a_place_in_the_model_are_counted(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """XLabs' adapters have query, key and value in one layer; T5's layers are passed over by diffusers."""
+    width = 32
+    fused = {
+        f"double_blocks.0.processor.qkv_lora{stream}.{way}.weight": torch.ones(shape)
+        for stream in (1, 2)
+        for way, shape in (("down", (4, width)), ("up", (3 * width, 4)))
+    }
+    save_file(fused, tmp_path / "fused.safetensors")
+    load_adapters(make_flux(), [f"x={tmp_path / 'fused.safetensors'}", f"y={folder / 'second.safetensors'}"])
+    assert "ignores" not in caplog.text
+    tensors = load_file(folder / "second.safetensors")
+    has = len(tensors) // 2
+    stray = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    tensors |= {f"{stray}.lora_A.weight": torch.ones(4, width), f"{stray}.lora_B.weight": torch.ones(width, 4)}
+    save_file(tensors, tmp_path / "t5.safetensors")
+    load_adapters(make_flux(), [f"x={tmp_path / 't5.safetensors'}"])
+    said = f"the model takes {has} of the {has + 1} layers that the adapter x has, and ignores the others"
+    assert said in caplog.text
