@@ -237,7 +237,8 @@ def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None
         InvalidRequest: naming them.
     """
     for parameter in fields(request):
-        if parameter.name not in taken and getattr(request, parameter.name) != parameter.default:
+        # No adapters at all can be had everywhere.
+        if parameter.name not in taken and getattr(request, parameter.name) not in (parameter.default, ()):
             way_out = _WAYS_OUT.get(parameter.name, "its metadata lists what it takes")
             raise InvalidRequest(f"This model does not take {parameter.name}; {way_out}.")
     if request.denoising_end == 0:

@@ -24,6 +24,9 @@ from typing import Any
 
 import httpx
 
+from clients.client import parse_url
+from clients.errors import UnreachableError
+
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 GUIDANCE = (1.0, 3.0, 5.0, 7.5)
@@ -217,6 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fewest, most = given.steps
     if not 1 <= fewest <= most:
         parser.error(f"--steps must be the fewest, from 1, and then the most, not {fewest} {most}")
+    try:
+        parse_url(given.url)
+    except UnreachableError as error:
+        parser.error(f"--url {error}")
 
     generator = Generator(given.url, given.model, api_key=given.api_key)
     mix = Mix(steps=(fewest, most), schedulers=given.schedulers, seed=given.seed)

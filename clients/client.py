@@ -35,19 +35,29 @@ LARGEST_PORT = 65_535
 T = TypeVar("T")
 
 
+def parse_url(url: str) -> httpx.URL:
+    """The address of a server.
+
+    Raises:
+        UnreachableError: there can be no server at it.
+    """
+    try:
+        parsed = httpx.URL(url)
+        parsed.raw_host.decode("ascii").encode("idna")  # as sockets do; some names fit no resolver
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL("")
+    if parsed.scheme not in ("http", "https") or not parsed.raw_host or (parsed.port or 0) > LARGEST_PORT:
+        raise UnreachableError(f"{url!r} is no address of a server; it must be like http://localhost:8080.")
+    return parsed
+
+
 class _Endpoint:
     """One model on one server: everything that both clients share."""
 
     def __init__(
         self, url: str, model: str, api_key: str | None, timeout: float, *, binary: bool, retries: int
     ) -> None:
-        try:
-            parsed = httpx.URL(url)
-            parsed.raw_host.decode("ascii").encode("idna")  # as sockets do; some names fit no resolver
-        except (httpx.InvalidURL, UnicodeError):
-            parsed = httpx.URL("")
-        if parsed.scheme not in ("http", "https") or not parsed.raw_host or (parsed.port or 0) > LARGEST_PORT:
-            raise UnreachableError(f"{url!r} is no address of a server; it must be like http://localhost:8080.")
+        parsed = parse_url(url)
         self._place = f"{parsed.scheme}://{parsed.netloc.decode('ascii')}"
         self._model_path = f"/v2/models/{urllib.parse.quote(model, safe='')}"
         self._timeout = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))

@@ -123,6 +123,7 @@ def test_an_adapter_that_is_not_loaded_is_refused(
 def test_where_none_is_loaded_the_setting_is_named(family: SdxlFamily) -> None:
     with pytest.raises(InvalidRequest, match=r"take loras; no adapter is loaded \(the server's setting lora\)\."):
         check_combinations(GenerateRequest(prompt=PROMPT, loras=(("first", 1.0),)), family.parameters)
+    check_combinations(GenerateRequest(prompt=PROMPT, loras=()), family.parameters)  # none is what there is
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,8 @@ def test_a_run_that_means_nothing_or_does_not_end_is_refused(
     assert "must be a number above 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["--clients 0", "--steps 5 2", "--steps 0 2"])
-def test_a_run_of_nobody_or_of_no_steps_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flags", ["--clients 0", "--steps 5 2", "--steps 0 2", "--url localhost:8080"])
+def test_a_run_of_nobody_or_of_no_steps_or_nowhere_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--url", "http://127.0.0.1:9", "--seconds", "0.1", *flags.split()])
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m clients.bench: error: {flags[:7]}")
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m clients.bench: error: {flags[:5]}")
