@@ -28,7 +28,7 @@ def slug(name: str) -> str:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a product of two large square matrices of noise, the median of ten rounds."""
     cuda = device.type == "cuda"
-    side, products = (8192, 20) if cuda else (1024, 4)
+    side, products = (8192, 20) if cuda else (256, 4)
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     result = torch.empty_like(one)
     seconds = []
