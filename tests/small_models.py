@@ -57,5 +57,12 @@ def make_refiner(base: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPip
 def make_inpainting(base: StableDiffusionXLPipeline) -> StableDiffusionXLInpaintPipeline:
     """A model that only inpaints: its UNet sees the mask and the masked picture in five channels more."""
     torch.manual_seed(3)
-    unet = UNet2DConditionModel.from_config({**base.unet.config, "in_channels": 9})
+    shape = {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 1),
+    }
+    unet = UNet2DConditionModel.from_config({**base.unet.config, **shape, "in_channels": 9})
     return StableDiffusionXLInpaintPipeline(**{**base.components, "unet": unet.eval()})

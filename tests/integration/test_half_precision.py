@@ -23,6 +23,8 @@ from app.generation import GenerateRequest
 from tests.integration.stock import mask, ours, picture, theirs
 
 PROMPT = "a red circle on a white background"
+SMALL = {"height": 64, "width": 64}
+"""Pixels: most CPUs emulate half precision, which takes long."""
 
 
 class Overflowing(torch.nn.Module):
@@ -56,7 +58,7 @@ def test_a_spoilt_picture_is_decoded_once_more_in_float32_and_counted(
 ) -> None:
     half.decoder.conv_out = Overflowing(half.decoder.conv_out, spoilt)
     spoiling = family_with(stock, half)
-    common = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 4}
+    common: dict[str, Any] = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 4, **SMALL}
     painted = ours(spoiling, **common)
     assert spoiling.decode_retries == 1
     # The weights went through bfloat16 once, so the pictures are alike and not equal.
@@ -76,7 +78,7 @@ def test_what_float32_cannot_save_is_an_error(stock: StableDiffusionXLPipeline, 
     torch.nn.init.constant_(half.decoder.conv_out.bias, float("nan"))
     spoilt = family_with(stock, half)
     with pytest.raises(GenerationFailed, match="black or as numbers that are not finite, in float32 too"):
-        ours(spoilt, prompt=PROMPT, seed=1, num_inference_steps=1)
+        ours(spoilt, prompt=PROMPT, seed=1, num_inference_steps=1, **SMALL)
 
 
 def test_a_black_picture_that_was_meant_is_a_picture(stock: StableDiffusionXLPipeline, family: SdxlFamily) -> None:
@@ -98,10 +100,10 @@ def halved(stock: StableDiffusionXLPipeline) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "parameters"),
     [
-        (StableDiffusionXLPipeline, {"guidance_scale": 7.3}),
-        (StableDiffusionXLPipeline, {"guidance_scale": 3.3, "guidance_rescale": 0.7}),
+        (StableDiffusionXLPipeline, {"guidance_scale": 7.3, **SMALL}),
+        (StableDiffusionXLPipeline, {"guidance_scale": 3.3, "guidance_rescale": 0.7, **SMALL}),
         (StableDiffusionXLImg2ImgPipeline, {"image": picture(), "strength": 0.5}),
-        (StableDiffusionXLInpaintPipeline, {"image": picture(), "mask_image": mask(), "strength": 0.9}),
+        (StableDiffusionXLInpaintPipeline, {"image": picture(), "mask_image": mask(), "strength": 0.9, **SMALL}),
     ],
     ids=["guidance", "rescale", "image-to-image", "inpainting"],
 )
@@ -119,11 +121,11 @@ def test_in_half_precision_too_pictures_are_those_of_the_stock_call(
 
 def test_a_half_precision_pipeline_paints_nearly_the_same(stock: StableDiffusionXLPipeline, family: SdxlFamily) -> None:
     low = SdxlFamily(StableDiffusionXLPipeline(**halved(stock)))
-    request = low.resolve(GenerateRequest(prompt=PROMPT, seed=1, num_inference_steps=6))
+    common: dict[str, Any] = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 6, **SMALL}
+    request = low.resolve(GenerateRequest(**common))
     job = low.begin(request, low.encode(request))
     assert job.latents.dtype == torch.bfloat16
-    painted = ours(low, prompt=PROMPT, seed=1, num_inference_steps=6)
-    assert np.abs(painted.astype(int) - ours(family, prompt=PROMPT, seed=1, num_inference_steps=6)).mean() < 12
+    assert np.abs(ours(low, **common).astype(int) - ours(family, **common)).mean() < 12
 
 
 def test_tiles_paint_the_same_picture_within_a_seam(family: SdxlFamily) -> None:
