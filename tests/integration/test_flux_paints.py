@@ -17,7 +17,7 @@ from app.generation import GenerateRequest
 from app.settings import Settings
 from app.telemetry import Telemetry
 
-CAPTIONS = 96
+CAPTIONS = 48
 WAIT = 900.0
 
 
