@@ -37,6 +37,8 @@ LAYER = re.compile(r"lora(_up|_B|\w*\.up)\b.*weight")
 """In the name of one tensor of each layer, whoever wrote the adapter."""
 FUSED = {"qkv": 3, "linear1": 4}
 """As how many layers diffusers has these of FLUX, by a part of their names in other layouts."""
+PREFIXES = ("transformer.", "text_encoder.")
+"""Of FLUX's layers, by the part that they are in."""
 KOHYA = {
     "lora_unet_add_embedding_linear_1": "lora_unet_label_emb_0_0",
     "lora_unet_add_embedding_linear_2": "lora_unet_label_emb_0_2",
@@ -115,7 +117,9 @@ def load_adapters(pipeline: Any, references: Sequence[str]) -> Adapters | None:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several are wanted
-                source = (_read_kohya(path) if transformer is None else None) or path.parent
+                # peft's own guess from layers' names, which it does not follow where it has the layers themselves.
+                warnings.filterwarnings("ignore", "While injecting the PEFT adapters, an inconsistency")
+                source = _read_kohya(path, pipeline) or path.parent
                 pipeline.load_lora_weights(source, weight_name=path.name, adapter_name=name, local_files_only=True)
         except Exception as error:
             why = "its layers are of other sizes" if "size mismatch" in str(error) else first_line(error)
@@ -200,12 +204,13 @@ def _warn_of_ignored(pipeline: Any, name: str, path: Path) -> None:
         )
 
 
-def _read_kohya(path: Path) -> dict[str, Any] | None:
-    """The tensors of an SDXL adapter in the layout of kohya's scripts, in a form of which diffusers reads every layer.
+def _read_kohya(path: Path, pipeline: Any) -> dict[str, Any] | None:
+    """The tensors of an adapter in the layout of kohya's scripts, in a form of which diffusers reads every layer.
 
     Where layers differ in alpha, as in adapters that were extracted from a model or made smaller, diffusers takes the
-    most common one for attention and text encoders, too strong or too weak. So each is multiplied into its layer's
-    weights then.
+    most common one for SDXL's attention and text encoders, too strong or too weak, and none for FLUX's last layer. So
+    each is multiplied into its layer's weights then. FLUX's layers around its blocks get names under which diffusers
+    finds them.
 
     Returns:
         ``None`` where the adapter is in another layout.
@@ -214,6 +219,7 @@ def _read_kohya(path: Path) -> dict[str, Any] | None:
 
     if not any(name.endswith(".lora_up.weight") for name in read_checkpoint(path).shapes):
         return None
+    is_flux = hasattr(pipeline, "transformer")
     tensors = load_file(path)
     for name in list(tensors):
         layer, dot, kind = name.partition(".")
@@ -221,10 +227,12 @@ def _read_kohya(path: Path) -> dict[str, Any] | None:
             tensors[f"{KOHYA[layer]}{dot}{kind}"] = tensors.pop(name)
     layers = [name.removesuffix("lora_up.weight") for name in tensors if name.endswith(".lora_up.weight")]
     alphas = {layer: tensors[f"{layer}alpha"].item() for layer in layers if f"{layer}alpha" in tensors}
-    if len(set(alphas.values())) < 2:
+    if is_flux or len(set(alphas.values())) > 1:
+        for layer, alpha in alphas.items():
+            up, rank = tensors[f"{layer}lora_up.weight"], len(tensors[f"{layer}lora_down.weight"])
+            tensors[f"{layer}lora_up.weight"] = (up.float() * alpha / rank).to(up.dtype)
+            del tensors[f"{layer}alpha"]
+    if not is_flux:
         return tensors
-    for layer, alpha in alphas.items():
-        up, rank = tensors[f"{layer}lora_up.weight"], len(tensors[f"{layer}lora_down.weight"])
-        tensors[f"{layer}lora_up.weight"] = (up.float() * alpha / rank).to(up.dtype)
-        del tensors[f"{layer}alpha"]
-    return tensors
+    converted = pipeline.lora_state_dict(tensors)
+    return {name if name.startswith(PREFIXES) else f"transformer.{name}": each for name, each in converted.items()}

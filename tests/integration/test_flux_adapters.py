@@ -114,6 +114,44 @@ def test_a_control_adapter_which_would_change_the_model_itself_is_refused(
         load_adapters(pipeline, [f"x={tmp_path / 'control.safetensors'}"])
 
 
+OUTER = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer_linear": "proj_out",
+    "final_layer_adaLN_modulation_1": "norm_out.linear",
+    "double_blocks_0_img_mlp_0": "transformer_blocks.0.ff.net.0.proj",
+}
+
+
+def test_kohyas_layers_around_the_blocks_count_too_each_with_its_own_alpha(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, pipeline = quiet(), make_flux()
+    torch.manual_seed(4)
+    tensors = {}
+    for number, (kohya, name) in enumerate(OUTER.items()):
+        layer, rank, alpha = expected.transformer.get_submodule(name), 2 + number % 3, 0.5 * (1 + number % 2)
+        down, up = 0.3 * torch.randn(rank, layer.in_features), 0.3 * torch.randn(layer.out_features, rank)
+        parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+        tensors |= {f"lora_unet_{kohya}.{part}": tensor for part, tensor in parts.items()}
+        if name == "norm_out.linear":  # its authors have shift before scale, diffusers scale before shift
+            up = torch.cat(up.chunk(2)[::-1])
+        with torch.no_grad():
+            layer.weight += up @ down * alpha / rank
+    save_file(tensors, tmp_path / "x.safetensors")
+    family = FluxFamily(pipeline, load_adapters(pipeline, [f"x={tmp_path}/x.safetensors"]))
+    assert "ignores" not in caplog.text
+    picture = ours(family, seed=2, loras=(("x", 1.0),), **COMMON)
+    assert np.abs(picture.astype(int) - theirs(expected, 2, **COMMON)).max() <= 2
+    assert np.abs(picture.astype(int) - theirs(quiet(), 2, **COMMON)).mean() > 1
+
+
 def test_layers_without_a_place_in_the_model_are_counted(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,6 +167,18 @@ def test_layers_without_a_place_in_the_model_are_counted(
     assert "ignores" not in caplog.text
     tensors = load_file(folder / "second.safetensors")
     has = len(tensors) // 2
+    kohya = {
+        f"lora_{layer}.{part}": tensor
+        for layer in ("unet_double_blocks_0_img_attn_proj", "te3_encoder_block_0_layer_0_SelfAttention_q")
+        for part, tensor in (
+            ("lora_down.weight", torch.ones(4, width)),
+            ("lora_up.weight", torch.ones(width, 4)),
+            ("alpha", torch.tensor(4.0)),
+        )
+    }
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    load_adapters(make_flux(), [f"z={tmp_path / 'kohya.safetensors'}"])
+    assert "takes 1 of the 2 layers that the adapter z has" in caplog.text
     stray = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
     tensors |= {f"{stray}.lora_A.weight": torch.ones(4, width), f"{stray}.lora_B.weight": torch.ones(width, 4)}
     save_file(tensors, tmp_path / "t5.safetensors")
