@@ -134,7 +134,7 @@ def test_kohyas_layers_around_the_blocks_count_too_each_with_its_own_alpha(
 ) -> None:
     expected, pipeline = quiet(), make_flux()
     torch.manual_seed(4)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for number, (kohya, name) in enumerate(OUTER.items()):
         layer, rank, alpha = expected.transformer.get_submodule(name), 2 + number % 3, 0.5 * (1 + number % 2)
         down, up = 0.3 * torch.randn(rank, layer.in_features), 0.3 * torch.randn(layer.out_features, rank)
