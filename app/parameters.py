@@ -5,12 +5,14 @@ Standard library only. Nothing here knows a protocol, a transport or a model.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
+from typing import TypeVar
 
 from app.errors import InvalidRequest
 from app.generation import PARAMETERS, GenerateRequest, ImageFormat, Kind, Limits, Parameter, Pixels
@@ -25,6 +27,8 @@ MAX_LIST = 1000
 """Numbers of one list; no model is trained with more timesteps."""
 MAX_ADAPTERS = 16
 MAX_ADAPTERS_TEXT = 4096
+
+T = TypeVar("T")
 
 
 def parse_parameter(name: str, value: object) -> object:
@@ -167,49 +171,75 @@ _PARSERS: Mapping[Kind, Callable[[Parameter, object], object]] = MappingProxyTyp
 )
 
 
-def check_limits(requests: Iterable[GenerateRequest], limits: Limits) -> None:
+def for_each(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest], T]) -> list[T]:
+    """What `do` gives for each of the requests that make one.
+
+    Raises:
+        InvalidRequest: by `do`; of several prompts it says which one is meant, unless all are refused.
+    """
+    results = []
+    for number, request in enumerate(requests, 1):
+        try:
+            results.append(do(request))
+        except InvalidRequest as error:
+            if not _any_passes(requests, do):
+                raise
+            raise InvalidRequest(f"Prompt {number} of {len(requests)}: {error}") from None
+    return results
+
+
+def _any_passes(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest], object]) -> bool:
+    for request in requests:
+        with contextlib.suppress(InvalidRequest):
+            do(request)
+            return True
+    return False
+
+
+def check_limits(requests: Sequence[GenerateRequest], limits: Limits) -> None:
     """Refuse what is larger than the server is willing to do.
 
     Raises:
         InvalidRequest: naming the limit and the setting behind it.
     """
-    images = 0
-    for request in requests:
-        images += request.num_images_per_prompt
-        if images > limits.max_images_per_request:
+    if sum(request.num_images_per_prompt for request in requests) > limits.max_images_per_request:
+        raise InvalidRequest(
+            f"One request may ask for at most {limits.max_images_per_request} images, counting prompts times "
+            "num_images_per_prompt (the server's setting max_images_per_request)."
+        )
+    for_each(requests, lambda request: _check_sizes(request, limits))
+
+
+def _check_sizes(request: GenerateRequest, limits: Limits) -> None:
+    if request.num_inference_steps is not None and request.num_inference_steps > limits.max_steps:
+        raise InvalidRequest(
+            f"num_inference_steps must be at most {limits.max_steps}, not "
+            f"{describe(request.num_inference_steps)} (the server's setting max_steps)."
+        )
+    for name in ("height", "width"):
+        if (getattr(request, name) or 1) > limits.max_side:
             raise InvalidRequest(
-                f"One request may ask for at most {limits.max_images_per_request} images, counting prompts times "
-                "num_images_per_prompt (the server's setting max_images_per_request)."
+                f"{name} must be at most {limits.max_side}, not {describe(getattr(request, name))} "
+                f"(the server's setting max_side){_smaller(request)}."
             )
-        if request.num_inference_steps is not None and request.num_inference_steps > limits.max_steps:
+    if (request.height or 1) * (request.width or 1) > limits.max_pixels:
+        raise InvalidRequest(
+            f"height times width must be at most {limits.max_pixels} pixels (the server's setting max_pixels)"
+            f"{_smaller(request)}."
+        )
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        if len(getattr(request, name) or "") > limits.max_prompt_length:
             raise InvalidRequest(
-                f"num_inference_steps must be at most {limits.max_steps}, not "
-                f"{describe(request.num_inference_steps)} (the server's setting max_steps)."
+                f"{name} must have at most {limits.max_prompt_length} characters "
+                "(the server's setting max_prompt_length)."
             )
-        for name in ("height", "width"):
-            if (getattr(request, name) or 1) > limits.max_side:
-                raise InvalidRequest(
-                    f"{name} must be at most {limits.max_side}, not {describe(getattr(request, name))} "
-                    f"(the server's setting max_side){_smaller(request)}."
-                )
-        if (request.height or 1) * (request.width or 1) > limits.max_pixels:
+    for name, more in (("timesteps", 0), ("sigmas", 1)):
+        # The last of sigmas may only be where the last step leads to; the model knows.
+        count, most = len(getattr(request, name) or ()), limits.max_steps + more
+        if count > most:
             raise InvalidRequest(
-                f"height times width must be at most {limits.max_pixels} pixels (the server's setting max_pixels)"
-                f"{_smaller(request)}."
+                f"{name} may have at most {most} numbers, not {count} (the server's setting max_steps)."
             )
-        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
-            if len(getattr(request, name) or "") > limits.max_prompt_length:
-                raise InvalidRequest(
-                    f"{name} must have at most {limits.max_prompt_length} characters "
-                    "(the server's setting max_prompt_length)."
-                )
-        for name, more in (("timesteps", 0), ("sigmas", 1)):
-            # The last of sigmas may only be where the last step leads to; the model knows.
-            count, most = len(getattr(request, name) or ()), limits.max_steps + more
-            if count > most:
-                raise InvalidRequest(
-                    f"{name} may have at most {most} numbers, not {count} (the server's setting max_steps)."
-                )
 
 
 def _smaller(request: GenerateRequest) -> str:

@@ -17,7 +17,7 @@ from app.engine.ticket import Listener, Ticket
 from app.errors import ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, Limits, Pixels, PreviewWish
 from app.images import decode_images, resize
-from app.parameters import check_combinations, check_limits
+from app.parameters import check_combinations, check_limits, for_each
 from app.sentences import describe
 
 
@@ -117,9 +117,8 @@ class Model:
         family = self._batcher.ready.result()
         # Sizes and counts first: what follows does work for each request.
         check_limits(requests, self.limits)
-        for request in requests:
-            check_combinations(request, family.parameters)
-        resolved = [family.resolve(request) for request in self._read_images(requests)]
+        for_each(requests, lambda request: check_combinations(request, family.parameters))
+        resolved = for_each(self._read_images(requests), family.resolve)
         check_limits(resolved, self.limits)
         return tuple(
             request if request.seed is not None else replace(request, seed=secrets.randbelow(2**32))

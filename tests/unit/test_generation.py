@@ -112,6 +112,14 @@ def test_an_image_whose_own_size_is_too_much_is_said_to_be_resized_where_a_size_
         check_limits([GenerateRequest(prompt="p", image=image, height=height, width=width)], LIMITS)
 
 
+def test_of_several_prompts_the_one_that_is_refused_is_named() -> None:
+    fine, long = GenerateRequest(prompt="p"), GenerateRequest(prompt="x" * 101)
+    with pytest.raises(InvalidRequest, match=r"^Prompt 2 of 3: prompt must have at most 100 characters"):
+        check_limits([fine, long, long], LIMITS)
+    with pytest.raises(InvalidRequest, match=r"^prompt must have at most 100 characters"):
+        check_limits([long, long], LIMITS)
+
+
 def test_images_of_all_prompts_count_together() -> None:
     pair = GenerateRequest(prompt="p", num_images_per_prompt=2)
     check_limits([pair, pair], LIMITS)
