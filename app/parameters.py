@@ -5,7 +5,6 @@ Standard library only. Nothing here knows a protocol, a transport or a model.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import re
@@ -190,9 +189,11 @@ def for_each(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest]
 
 def _any_passes(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest], object]) -> bool:
     for request in requests:
-        with contextlib.suppress(InvalidRequest):
+        try:
             do(request)
-            return True
+        except InvalidRequest:
+            continue
+        return True
     return False
 
 
