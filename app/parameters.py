@@ -181,7 +181,7 @@ def for_each(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest]
         try:
             results.append(do(request))
         except InvalidRequest as error:
-            if not _any_passes(requests, do):
+            if not results and not _any_passes(requests[1:], do):
                 raise
             raise InvalidRequest(f"Prompt {number} of {len(requests)}: {error}") from None
     return results

@@ -172,4 +172,5 @@ def test_a_run_that_means_nothing_or_does_not_end_is_refused(
 def test_a_run_of_nobody_or_of_no_steps_or_nowhere_is_refused(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--url", "http://127.0.0.1:9", "--seconds", "0.1", *flags.split()])
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m clients.bench: error: {flags[:5]}")
+    flag, *_ = flags.split()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m clients.bench: error: {flag}")
