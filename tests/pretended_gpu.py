@@ -139,9 +139,11 @@ class Gpu(TorchDispatchMode):
             copied: torch.Tensor = args[0].clone()
             self._pinned.add(_address(copied))
             return copied
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-        blocking = not (kwargs or {}).get("non_blocking", given.get("non_blocking", False))
-        return self.run(func, name, args, kwargs or {}, blocking)
+        kwargs, blocking = kwargs or {}, True
+        if name in COPIES:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+            blocking = not kwargs.get("non_blocking", given.get("non_blocking", False))
+        return self.run(func, name, args, kwargs, blocking)
 
     def run(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, blocking: bool = True) -> Any:
         """Run an operation where it belongs.
@@ -157,10 +159,11 @@ class Gpu(TorchDispatchMode):
             Mismatch: it belongs nowhere.
             torch.OutOfMemoryError: as asked for.
         """
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         ours = [tensor for tensor in tensors if isinstance(tensor, GpuTensor)]
         others = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor)]
-        asked = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
+        asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
         here = asked[-1].type == "cuda" if asked else bool(ours)
         if name == "aten::copy_":
             here = isinstance(args[0], GpuTensor)
@@ -184,7 +187,7 @@ class Gpu(TorchDispatchMode):
         elif func in READS:
             self._wait("reads a number")
 
-        plain_args, plain_kwargs = pytree.tree_map(_lower, (args, kwargs))
+        plain_args, plain_kwargs = pytree.tree_unflatten([_lower(leaf) for leaf in leaves], structure)
         result = func(*plain_args, **plain_kwargs)
         if crosses and name != "aten::copy_" and _address(result) == _address(plain_args[0]):
             # Of another device it is never the same memory.
@@ -192,9 +195,12 @@ class Gpu(TorchDispatchMode):
         if not here:
             return result
         known = {id(tensor.numbers): tensor for tensor in ours}
-        return pytree.tree_map_only(
-            torch.Tensor, lambda each: known[id(each)] if id(each) in known else GpuTensor.of(each), result
-        )
+
+        def raised(each: torch.Tensor) -> torch.Tensor:
+            return known[id(each)] if id(each) in known else GpuTensor.of(each)
+
+        # Nearly all give one tensor, for which there is no need to look.
+        return raised(result) if isinstance(result, torch.Tensor) else pytree.tree_map_only(torch.Tensor, raised, result)
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, GpuTensor) and _address(tensor) in self._pinned

@@ -1,4 +1,5 @@
-"""Small models with random weights, from a seed, that go with the demo model: a refiner, and one that inpaints."""
+"""Small models that go with the demo: a refiner, one that inpaints, and one that is soon compiled, with random weights
+from a seed."""
 
 from __future__ import annotations
 
@@ -54,9 +55,20 @@ def make_refiner(base: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPip
     )
 
 
+def load_smaller() -> StableDiffusionXLPipeline:
+    """The demo with a UNet that paints nothing and has half of the blocks, each of which takes time to compile."""
+    base = load_demo()
+    base.register_modules(unet=_make_unet(base, seed=2))
+    return base
+
+
 def make_inpainting(base: StableDiffusionXLPipeline) -> StableDiffusionXLInpaintPipeline:
     """A model that only inpaints: its UNet sees the mask and the masked picture in five channels more."""
-    torch.manual_seed(3)
+    return StableDiffusionXLInpaintPipeline(**{**base.components, "unet": _make_unet(base, seed=3, in_channels=9)})
+
+
+def _make_unet(base: StableDiffusionXLPipeline, seed: int, **config: int) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
     shape = {
         "block_out_channels": (32, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -64,5 +76,4 @@ def make_inpainting(base: StableDiffusionXLPipeline) -> StableDiffusionXLInpaint
         "attention_head_dim": (2, 4),
         "transformer_layers_per_block": (1, 1),
     }
-    unet = UNet2DConditionModel.from_config({**base.unet.config, **shape, "in_channels": 9})
-    return StableDiffusionXLInpaintPipeline(**{**base.components, "unet": unet.eval()})
+    return UNet2DConditionModel.from_config({**base.unet.config, **shape, **config}).eval()

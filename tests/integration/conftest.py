@@ -15,6 +15,13 @@ from app.settings import Settings
 SIZE = 128
 
 
+@pytest.fixture
+def untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is to be compiled stays as it is written, which saves tracing it: shapes are warmed and counted all the
+    same."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
 @pytest.fixture(scope="session")
 def family() -> SdxlFamily:
     loaded = load_family(Settings(model_id="demo", device="cpu"))

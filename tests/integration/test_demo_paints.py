@@ -14,7 +14,7 @@ from app.engine.sdxl import SdxlFamily
 from app.generation import GenerateRequest
 from app.telemetry import Telemetry
 
-CAPTIONS = 192
+CAPTIONS = 128
 """Enough that a share of 98 % means something: of 96, two unlucky ones decide."""
 WAIT = 600.0
 

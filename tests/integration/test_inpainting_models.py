@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 
 from app.engine.optimization import Optimization
@@ -86,8 +85,8 @@ def test_a_model_that_paints_from_text_rehearses_just_that(family: SdxlFamily) -
     assert request == GenerateRequest(prompt="", seed=0, width=128, height=128)
 
 
-def test_an_inpainting_model_is_compiled_for_pictures_with_masks(inpainting: StableDiffusionXLInpaintPipeline) -> None:
-    torch.compiler.reset()
+@pytest.mark.usefixtures("untraced")
+def test_an_inpainting_model_is_warmed_for_pictures_with_masks(inpainting: StableDiffusionXLInpaintPipeline) -> None:
     optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
     family = SdxlFamily(StableDiffusionXLPipeline(**inpainting.components), optimization=optimization)
     family.warm(lambda _: None)

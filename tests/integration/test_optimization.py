@@ -40,7 +40,7 @@ from app.generation import GenerateRequest
 from app.parameters import check_combinations
 from app.settings import Settings
 from tests.integration.stock import mask, ours, picture, psnr, resolved
-from tests.small_models import load_demo, make_refiner
+from tests.small_models import load_demo, load_smaller, make_refiner
 from tests.tiny_flux import make_flux
 
 PROMPT = "a red circle on a white background"
@@ -383,6 +383,7 @@ def test_several_gpus_are_at_their_passes_at_the_same_time_and_what_is_compiled_
             assert waiting.result(10) is SDPBackend.CUDNN_ATTENTION
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("plans", [False, True])
 def test_attention_that_makes_plans_has_met_long_prompts(plans: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     optimization = Optimization("compile", ((64, 64),), most_rows=2, plans=plans, backend="eager")
@@ -400,14 +401,14 @@ def test_attention_that_makes_plans_has_met_long_prompts(plans: bool, monkeypatc
 
 
 def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
-    pipeline = load_demo()
+    pipeline = load_smaller()
     pipeline.vae.enable_slicing()
     optimization = Optimization("compile", ((64, 64),), most_rows=4, backend="eager")
     family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
     asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 2, "width": 64, "height": 64}
     many = [{**asked, "seed": seed} for seed in range(2)]
     for found, each in zip(together(family, many), many, strict=True):
-        assert distance(found, ours(SdxlFamily(load_demo()), **each)) <= 2
+        assert distance(found, ours(SdxlFamily(load_smaller()), **each)) <= 2
     assert family.unexpected_shapes == 0
 
 
@@ -415,7 +416,7 @@ def test_a_refiner_is_warmed_however_steps_are_spaced() -> None:
     # Compiled once for all three, and for the tests before: each family has to warm what it runs all the same.
     optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
     for spacing in ("leading", "trailing", "linspace"):
-        base = load_demo()
+        base = load_smaller()
         refiner = make_refiner(base)
         for pipeline in (base, refiner):
             pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
@@ -428,7 +429,7 @@ def test_a_refiner_is_warmed_however_steps_are_spaced() -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_picture_that_is_encoded_in_full_leaves_what_was_compiled_fit() -> None:
-    pipeline = load_demo().to(torch.bfloat16)
+    pipeline = load_smaller().to(torch.bfloat16)
     pipeline.vae.register_to_config(force_upcast=True)
     optimization = Optimization("compile", ((64, 64),), most_rows=2, backend="eager")
     family = warmed(lambda chosen: SdxlFamily(pipeline, optimization=chosen), optimization)
@@ -531,7 +532,7 @@ def test_what_cannot_be_compiled_is_told_in_one_sentence() -> None:
 
 
 def with_adapters(kind: type[Adapters], optimization: Optimization) -> SdxlFamily:
-    pipeline: Any = load_demo()
+    pipeline: Any = load_smaller()
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
         layers = ["to_q", "to_v", "conv1"] if name == "first" else ["to_q", "to_out.0"]
@@ -545,12 +546,12 @@ def with_adapters(kind: type[Adapters], optimization: Optimization) -> SdxlFamil
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_adapters_are_swapped_under_what_is_compiled_and_leave_no_trace() -> None:
-    beside, plain = with_adapters(Adapters, OFF), SdxlFamily(load_demo())
+    beside, plain = with_adapters(Adapters, OFF), SdxlFamily(load_smaller())
     torch.compiler.reset()
-    family = with_adapters(MergedAdapters, Optimization("compile", backend="eager"))
+    family = with_adapters(MergedAdapters, Optimization("compile", ((64, 64),), most_rows=2, backend="eager"))
     family.warm(lambda _: None)
     before = graphs()
-    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5}
+    asked: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 3, "seed": 5, "width": 64, "height": 64}
     sets = [(("first", 0.7),), (("first", 1.0), ("second", 0.6)), (), (("second", 1.0),), ()]
     for loras in sets:
         found = ours(family, **asked, loras=loras or None)

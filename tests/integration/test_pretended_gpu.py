@@ -226,7 +226,7 @@ def interrupted(gpu: Gpu, settings: dict[str, Any], **parameters: Any) -> None:
     family = load(optimize="off", **settings)
     chance, full = random.Random(3), 0
     for stage in stages(family, resolved(family, **COMMON, **parameters)):
-        for most in (2000, 1000, 500, 200, 20):
+        for most in (1000, 200, 20):
             gpu.full_at = gpu.operations + chance.randint(1, most)
             try:
                 stage()

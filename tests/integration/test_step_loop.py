@@ -136,7 +136,8 @@ def living() -> tuple[int, int]:
 
 @pytest.mark.parametrize("scheduler", ["Euler", "DPM++ 2M", "LMS", "UniPC"])
 def test_nothing_piles_up_from_step_to_step(scheduler: str, sdxl: SdxlFamily) -> None:
-    job = begun(sdxl, num_inference_steps=40, scheduler=scheduler, denoising_limit=1.0)
+    size = {"width": 64, "height": 64}
+    job = begun(sdxl, num_inference_steps=40, scheduler=scheduler, denoising_limit=1.0, **size)
     alive = []
     while not job.done:
         sdxl.step([job])
