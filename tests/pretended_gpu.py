@@ -200,7 +200,9 @@ class Gpu(TorchDispatchMode):
             return known[id(each)] if id(each) in known else GpuTensor.of(each)
 
         # Nearly all give one tensor, for which there is no need to look.
-        return raised(result) if isinstance(result, torch.Tensor) else pytree.tree_map_only(torch.Tensor, raised, result)
+        if isinstance(result, torch.Tensor):
+            return raised(result)
+        return pytree.tree_map_only(torch.Tensor, raised, result)
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
         return not isinstance(tensor, GpuTensor) and _address(tensor) in self._pinned

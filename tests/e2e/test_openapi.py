@@ -22,7 +22,6 @@ from app.main import create_app
 from app.settings import Settings
 from tests.fakes import Strict
 
-
 # With a version in the path come the same bodies, of which every corner is tried without one.
 CONFIGURATION = """
 [[operations]]
