@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -63,8 +63,8 @@ _UPRIGHT = {
 """What undoes each orientation that Exif knows."""
 
 
-def decode_images(files: Iterable[tuple[str, Pixels | bytes]], max_pixels: int) -> list[Pixels]:
-    """Read input images as RGB, or as grey where they are masks, upright as their Exif orientation says.
+def decode_images(files: Iterable[tuple[str, Pixels | bytes]], max_pixels: int) -> Iterator[Pixels]:
+    """Read input images, one by one, as RGB, or as grey where they are masks, upright as their Exif orientation says.
 
     Of an animation, the first frame counts; what is transparent becomes white; colour profiles are not applied, as in
     diffusers' ``load_image``.
@@ -77,14 +77,12 @@ def decode_images(files: Iterable[tuple[str, Pixels | bytes]], max_pixels: int) 
     Raises:
         InvalidRequest: not such a file, damaged, or too large.
     """
-    pictures: list[Pixels] = []
     used = 0
     for name, file in files:
         picture = file if isinstance(file, Pixels) else _decode(name, file, max_pixels, used)
         _check_size(name, picture.width, picture.height, max_pixels, used)
         used += picture.width * picture.height
-        pictures.append(picture)
-    return pictures
+        yield picture
 
 
 def _decode(name: str, data: bytes, max_pixels: int, used: int) -> Pixels:

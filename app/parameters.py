@@ -183,8 +183,13 @@ def for_each(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest]
         except InvalidRequest as error:
             if not results and not _any_passes(requests[1:], do):
                 raise
-            raise InvalidRequest(f"Prompt {number} of {len(requests)}: {error}") from None
+            raise of_prompt(number, len(requests), error) from None
     return results
+
+
+def of_prompt(number: int, count: int, error: InvalidRequest) -> InvalidRequest:
+    """The same about the one of several prompts that is meant."""
+    return InvalidRequest(f"Prompt {number} of {count}: {error}")
 
 
 def _any_passes(requests: Sequence[GenerateRequest], do: Callable[[GenerateRequest], object]) -> bool:

@@ -14,10 +14,10 @@ from app.engine.family import Family
 from app.engine.idempotency import Once
 from app.engine.queue import RequestStatus
 from app.engine.ticket import Listener, Ticket
-from app.errors import ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
+from app.errors import InvalidRequest, ModelNotFound, ModelNotReady, RequestNotFound, ShuttingDown
 from app.generation import DEFAULT_PRIORITY, GenerateRequest, Limits, Pixels, PreviewWish
 from app.images import decode_images, resize
-from app.parameters import check_combinations, check_limits, for_each
+from app.parameters import check_combinations, check_limits, for_each, of_prompt
 from app.sentences import describe
 
 
@@ -126,10 +126,22 @@ class Model:
         )
 
     def _read_images(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
-        """Unpack the input images; one that serves several prompts is unpacked once."""
+        """Unpack the input images; one that serves several prompts is unpacked once.
+
+        Raises:
+            InvalidRequest: one cannot be read; it says whose, unless it serves every prompt.
+        """
         named = [(("image", request.image), ("mask_image", request.mask_image)) for request in requests]
-        unique = dict.fromkeys((name, file) for pair in named for name, file in pair if file is not None)
-        read = dict(zip(unique, decode_images(unique, self.limits.max_input_pixels), strict=True))
+        unique = list(dict.fromkeys((name, file) for pair in named for name, file in pair if file is not None))
+        read: dict[tuple[str, Pixels | bytes], Pixels] = {}
+        try:
+            for picture in decode_images(unique, self.limits.max_input_pixels):
+                read[unique[len(read)]] = picture
+        except InvalidRequest as error:
+            has_it = [unique[len(read)] in pair for pair in named]
+            if all(has_it):
+                raise
+            raise of_prompt(has_it.index(True) + 1, len(requests), error) from None
         return [
             replace(
                 request,

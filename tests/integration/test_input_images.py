@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -60,7 +60,7 @@ async def test_large_bodies_and_images_are_read_away_from_the_event_loop(monkeyp
         threads["once"] = threading.current_thread()
         return make_once(*arguments)
 
-    def decode(files: Iterable[Any], max_pixels: int) -> list[Pixels]:
+    def decode(files: Iterable[Any], max_pixels: int) -> Iterator[Pixels]:
         threads["decode"] = threading.current_thread()
         return images.decode_images(files, max_pixels)
 
@@ -80,10 +80,10 @@ async def test_no_more_images_are_read_at_a_time_than_there_are_threads_for_it(m
     inside, most, go_on = 0, 0, threading.Event()
     lock = threading.Lock()
 
-    def decode(files: Iterable[Any], max_pixels: int) -> list[Pixels]:
+    def decode(files: Iterable[Any], max_pixels: int) -> Iterator[Pixels]:
         nonlocal inside, most
         if not files:
-            return []
+            return iter(())
         with lock:
             inside += 1
             most = max(most, inside)
@@ -110,7 +110,7 @@ async def test_no_more_images_are_read_at_a_time_than_there_are_threads_for_it(m
 async def test_one_image_for_several_prompts_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = 0
 
-    def decode(files: Iterable[Any], max_pixels: int) -> list[Pixels]:
+    def decode(files: Iterable[Any], max_pixels: int) -> Iterator[Pixels]:
         nonlocal read
         files = list(files)
         read += len(files)
@@ -123,10 +123,29 @@ async def test_one_image_for_several_prompts_is_read_once(monkeypatch: pytest.Mo
         assert read == 1
         four = [encoded() + bytes([i]) for i in range(4)]
         refused = await client.post(INFER, json=message(*four, prompts=4))
-        assert refused.status_code == 400 and "256 together" in refused.json()["error"]
+        assert refused.status_code == 400
+        assert refused.json()["error"].startswith("Prompt 2 of 4: image has 16 x 16 pixels; all images of a request")
     pictures = [request.image for request in family.requests if request.image is not None]
     assert len(pictures) == 4 and len(set(map(id, pictures))) == 1
     assert pictures[0] == Pixels(bytes([255, 0, 0]) * 256, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("files", "prompts", "says"),
+    [
+        ((encoded(), b"no picture", encoded((8, 8))), 3, "Prompt 2 of 3: image is no PNG, JPEG or WebP file"),
+        ((encoded()[:60], encoded()), 2, "Prompt 1 of 2: image cannot be read"),
+        ((encoded()[:60],), 3, "image cannot be read"),
+        ((b"no picture", b"no picture"), 2, "image is no PNG, JPEG or WebP file"),
+        ((b"no picture",), 1, "image is no PNG, JPEG or WebP file"),
+    ],
+)
+async def test_whose_image_cannot_be_read_is_said_unless_it_serves_every_prompt(
+    files: tuple[bytes, ...], prompts: int, says: str
+) -> None:
+    async with running(Instant) as client:
+        refused = await client.post(INFER, json=message(*files, prompts=prompts))
+    assert refused.status_code == 400 and refused.json()["error"].startswith(says), refused.text
 
 
 @pytest.mark.parametrize(
@@ -140,7 +159,7 @@ async def test_one_image_for_several_prompts_is_read_once(monkeypatch: pytest.Mo
 async def test_what_the_model_does_not_take_is_refused_before_images_are_read(
     monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any], says: str
 ) -> None:
-    def decode(files: Iterable[Any], max_pixels: int) -> list[Pixels]:
+    def decode(files: Iterable[Any], max_pixels: int) -> Iterator[Pixels]:
         assert "width" in parameters, "the image was read"
         return images.decode_images(files, max_pixels)
 
