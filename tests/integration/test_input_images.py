@@ -134,8 +134,8 @@ async def test_one_image_for_several_prompts_is_read_once(monkeypatch: pytest.Mo
     ("files", "prompts", "says"),
     [
         ((encoded(), b"no picture", encoded((8, 8))), 3, "Prompt 2 of 3: image is no PNG, JPEG or WebP file"),
-        ((encoded()[:60], encoded()), 2, "Prompt 1 of 2: image cannot be read"),
-        ((encoded()[:60],), 3, "image cannot be read"),
+        ((encoded()[:48], encoded()), 2, "Prompt 1 of 2: image cannot be read"),
+        ((encoded()[:48],), 3, "image cannot be read"),
         ((b"no picture", b"no picture"), 2, "image is no PNG, JPEG or WebP file"),
         ((b"no picture",), 1, "image is no PNG, JPEG or WebP file"),
     ],
