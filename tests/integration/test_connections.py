@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import socket
+import sys
 import termios
 import threading
 import time
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from app.api.server import EVENTS_AT_A_TIME
+from app.main import _listen
+from app.settings import Settings
 from tests.fakes import Gated, Instant
 from tests.integration.test_server import BODY, INFER, WAIT, Running, running
 from tests.waiting import until
@@ -90,6 +94,57 @@ def test_requests_that_come_early_are_answered_in_their_order_however_many_they_
             answer += part
         sent.result(WAIT)
         assert answer.index(b'"outputs"') < answer.index(b'{"live": true}')
+
+
+def chunked(body: bytes) -> bytes:
+    """A request whose body comes byte by byte."""
+    head = b"POST %s HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode()
+    return head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Client and server share this process, and neither leaves it to the other for long."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_a_body_in_tiny_chunks_keeps_nobody_else_waiting() -> None:
+    body = b" " * 60_000 + json.dumps(BODY).encode()
+    with running(Instant) as each, socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
+        sent = each.pool.submit(connection.sendall, chunked(body))
+        read = each.pool.submit(connection.recv, 1 << 16)
+        answered = 0
+        while not read.done():
+            assert each.client.get("/v2/health/live").status_code == 200
+            answered += 1
+        sent.result(WAIT)
+        assert read.result().startswith(b"HTTP/1.1 200 OK")
+        # It is parsed for more than a second. All that was read at once would come before anybody else: 40,000 chunks.
+        assert answered > 20
+
+
+def test_a_body_of_any_number_of_chunks_is_read_to_its_end() -> None:
+    content = json.dumps(BODY).encode()
+    with running(Instant) as each, socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
+        most = EVENTS_AT_A_TIME
+        for count in (*range(most - 4, most + 5), *range(2 * most - 4, 2 * most + 5)):
+            connection.sendall(chunked(content.ljust(count)))
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.status == 200 and json.load(answer)["outputs"], count
+
+
+def test_the_second_part_of_an_answer_does_not_wait_for_the_client_to_confirm_the_first() -> None:
+    with (
+        _listen(Settings(host="127.0.0.1", http_port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_who_takes_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not() -> None:
