@@ -20,7 +20,7 @@ import uvicorn
 from app.api import server
 from app.api.server import Connection, Server
 from app.engine.family import Family
-from app.main import _make_server, create_app
+from app.main import _listen, _make_server, create_app
 from app.settings import Settings
 from tests.fakes import Gated, Instant
 
@@ -35,7 +35,7 @@ class Running:
     """A server in a thread, and a pool of clients."""
 
     def __init__(self, settings: Settings, load: Callable[[], Family[Any]]) -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = _listen(settings)
         self.port = listener.getsockname()[1]
         app = create_app(settings, load=load)
         http = partial(Connection, timeout=settings.body_timeout)
@@ -75,6 +75,7 @@ class Running:
 @contextmanager
 def running(load: Callable[[], Family[Any]], **settings: Any) -> Iterator[Running]:
     options: dict[str, Any] = {"model_name": "m", "warm_up": False, "grace_period": WAIT, **settings}
+    options |= {"host": "127.0.0.1", "http_port": 0}
     each = Running(Settings(**options), load)
     each.thread.start()
     try:
