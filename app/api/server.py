@@ -232,8 +232,8 @@ class Connection(H11Protocol):
 
     def _go_on(self) -> None:
         """The next events, others having had their turn."""
-        self.flow.release()
         if not self.transport.is_closing():
+            self.flow.release()
             self.handle_events()
             self._watch_headers()
 
