@@ -37,6 +37,7 @@ class Hub:
         xet: weights are in a storage of another kind too, which refuses everything.
         breaks: bytes of a file, by its path, after which the connection ends once.
         resets: as above, but the connection is reset and not closed.
+        holds: what a file's bytes wait for, by its path.
         requests: every method, path and Range header.
     """
 
@@ -49,6 +50,7 @@ class Hub:
     xet: bool = False
     breaks: dict[str, int] = field(default_factory=dict)
     resets: bool = False
+    holds: dict[str, threading.Event] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     url: str = ""
 
@@ -175,6 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_head(206 if asked else 200, headers | {"Content-Length": str(len(content) - start)})
         if self.command == "HEAD":
             return None
+        if name in self.served.holds:
+            self.served.holds[name].wait(60)
         end = self.served.breaks.pop(name, None)
         if end is not None and self.served.resets:
             # A reset takes with it what the caller has not read yet: most of it must have been, to be resumed at all.

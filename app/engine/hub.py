@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Set
 from pathlib import Path
@@ -30,6 +31,8 @@ from app.sentences import amount
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_REPORTS = 3.0
+SILENCE = 60.0
+"""Seconds without a byte after which that is said."""
 ATTEMPTS = 5
 """Times that a download is taken up again after errors that pass."""
 TRY_LATER = {429, *range(500, 600)}
@@ -97,7 +100,9 @@ def download(
         missing = {path: sizes[path] for path in wanted if not (folder / path).exists()}
         if missing:
             logger.info("downloading %d files of %s from the hub", len(missing), name)
-        return _fetch(name, wanted, _Reporter(name, sum(missing.values()), report), where)
+        reporter = _Reporter(name, sum(missing.values()), report)
+        with reporter.heard_when_silent() if missing else contextlib.nullcontext():
+            return _fetch(name, wanted, reporter, where)
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, httpx2.HTTPError, OSError, ValueError) as error:
         raise ModelLoadFailed(_explain(name, token, error, hub, unreachable)) from None
 
@@ -254,14 +259,42 @@ class _Reporter:
         self._total = total
         self._report = report
         self._next = 0.0
+        self._done = 0
 
     def __call__(self, done: int) -> None:
+        self._done = done
         now = time.monotonic()
         if now < self._next or not self._total:
             return
         self._next = now + SECONDS_BETWEEN_REPORTS
         share = min(100, round(100 * done / self._total))
         self._report(f"downloading {self._name}: {amount(done, self._total)}, {share} %")
+
+    @contextlib.contextmanager
+    def heard_when_silent(self) -> Iterator[None]:
+        """Inside, it is said where nothing comes: libraries wait and try again for minutes without a word."""
+        over = threading.Event()
+        listener = threading.Thread(target=self._listen, args=(over,), daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            over.set()
+            listener.join()
+
+    def _listen(self, over: threading.Event) -> None:
+        before = 0
+        while not over.wait(SILENCE):
+            if self._done == before:
+                self._report(f"downloading {self._name}: nothing has come for {SILENCE:g} seconds")
+                logger.warning("nothing of %s has come for %g seconds; %s", self._name, SILENCE, _other_way())
+            before = self._done
+
+
+def _other_way() -> str:
+    if constants.HF_HUB_DISABLE_XET:
+        return "check the network and HTTPS_PROXY"
+    return "the hub's Xet storage has hosts of its own, which may be out of reach: HF_HUB_DISABLE_XET=1 goes without it"
 
 
 def _bar(hear: Callable[[int], None]) -> type[Any]:

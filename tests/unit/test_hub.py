@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -210,6 +212,39 @@ def test_what_fails_without_the_hubs_other_storage_too_is_not_tried_for_ever(
     with pytest.raises(RuntimeError, match="no storage"):
         fetch(serve(), tmp_path)
     assert len(tries) == 2
+
+
+@pytest.mark.parametrize(
+    ("without_xet", "advice"),
+    [(True, "check the network and HTTPS_PROXY"), (False, "HF_HUB_DISABLE_XET=1 goes without")],
+)
+def test_where_nothing_comes_any_more_that_is_said_and_what_comes_then_is_taken(
+    serve: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    without_xet: bool,
+    advice: str,
+) -> None:
+    monkeypatch.setattr(downloads, "SILENCE", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", without_xet)
+    go_on = threading.Event()
+
+    class Patient(Reports):
+        def __call__(self, phase: str) -> None:
+            super().__call__(phase)
+            if "nothing has come" in phase:
+                go_on.set()
+
+    reports = Patient()
+    folder = fetch(serve(holds={UNET: go_on}), tmp_path, report=reports)
+    assert (folder / UNET).stat().st_size == (DEMO / UNET).stat().st_size
+    assert f"downloading {NAME}: nothing has come for 0.2 seconds" in reports
+    assert f"nothing of {NAME} has come for 0.2 seconds; " in caplog.text and advice in caplog.text
+    # Nobody listens any more.
+    told = len(reports)
+    time.sleep(0.5)
+    assert len(reports) == told
 
 
 def test_signed_addresses_of_files_are_never_logged(
