@@ -309,6 +309,8 @@ def _listen(settings: Settings) -> socket.socket:
         listener = socket.create_server(
             (settings.host, settings.http_port),
             family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+            # All addresses are those of IPv4 too, by which a cluster that has both may send its probes.
+            dualstack_ipv6=settings.host == "::" and socket.has_dualstack_ipv6(),
             backlog=2048,
         )
         # Its connections have it too. Else the second part of an answer waits for the client to confirm the first, for

@@ -169,7 +169,7 @@ class Settings(BaseModel):
     embed_metadata: bool = Field(True, description="Write prompt, parameters and seed into each PNG as text chunks.")
 
     # The server
-    host: str = Field("0.0.0.0", min_length=1, description="Address to listen on.")  # noqa: S104 (a container serves all)
+    host: str = Field("0.0.0.0", min_length=1, description="Address to listen on; :: takes IPv4 too.")  # noqa: S104 (a container serves all)
     http_port: int = Field(
         8080, ge=0, le=65535, description="Port for HTTP, or for HTTPS, and then 8443 unless given; 0 picks a free one."
     )

@@ -138,6 +138,23 @@ def test_a_body_of_any_number_of_chunks_is_read_to_its_end() -> None:
             assert answer.status == 200 and json.load(answer)["outputs"], count
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return socket.has_dualstack_ipv6()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_of_ipv6_are_those_of_ipv4_too() -> None:
+    with _listen(Settings(host="::", http_port=0)) as listener:
+        for address in ("::1", "127.0.0.1"):
+            socket.create_connection((address, listener.getsockname()[1]), WAIT).close()
+    with _listen(Settings(host="::1", http_port=0)) as listener, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", listener.getsockname()[1]), WAIT)
+
+
 def test_the_second_part_of_an_answer_does_not_wait_for_the_client_to_confirm_the_first() -> None:
     with (
         _listen(Settings(host="127.0.0.1", http_port=0)) as listener,
