@@ -398,7 +398,8 @@ def _serve(
         logger.warning("%s %s no effect: only --optimize compile and max compile anything", " and ".join(idle), have)
     host, port = listener.getsockname()[:2]
     scheme = "http" if settings.ssl_certfile is None else "https"
-    logger.info("listening on %s://%s:%d, loading model %s", scheme, host, port, settings.model_name)
+    address = f"[{host}]" if ":" in host else host
+    logger.info("listening on %s://%s:%d, loading model %s", scheme, address, port, settings.model_name)
     server.run(sockets=[listener])
     if not failures:
         return 0
