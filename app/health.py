@@ -56,9 +56,12 @@ def local_url(port: str | None, environment: Mapping[str, str], env_file: Path) 
 def _host(listens_on: str | None) -> str:
     if listens_on in (None, "", "0.0.0.0"):  # noqa: S104
         return "127.0.0.1"
-    if listens_on == "::":
-        return "[::1]"
-    return f"[{listens_on}]" if ":" in listens_on else listens_on
+    return in_url("::1" if listens_on == "::" else listens_on)
+
+
+def in_url(host: str) -> str:
+    """As a URL has it, IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _setting(name: str, environment: Mapping[str, str], env_file: Path, alias: str = "") -> str | None:

@@ -42,6 +42,7 @@ from app.errors import (
     StartupError,
 )
 from app.generation import GenerateRequest
+from app.health import in_url
 from app.protocol.oip import MODEL_VERSION
 from app.sentences import nearest
 from app.settings import Settings
@@ -398,8 +399,7 @@ def _serve(
         logger.warning("%s %s no effect: only --optimize compile and max compile anything", " and ".join(idle), have)
     host, port = listener.getsockname()[:2]
     scheme = "http" if settings.ssl_certfile is None else "https"
-    address = f"[{host}]" if ":" in host else host
-    logger.info("listening on %s://%s:%d, loading model %s", scheme, address, port, settings.model_name)
+    logger.info("listening on %s://%s:%d, loading model %s", scheme, in_url(host), port, settings.model_name)
     server.run(sockets=[listener])
     if not failures:
         return 0

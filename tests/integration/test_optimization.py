@@ -401,8 +401,22 @@ def test_attention_that_makes_plans_has_met_long_prompts(plans: bool, monkeypatc
     assert met == ({77, 154} if plans else {77})
 
 
+LATENTS = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
+
+
+def compiled_vae(pipeline: StableDiffusionXLPipeline, encodes_in_full: bool = False) -> tuple[Vae, Compiler]:
+    """Warmed for one picture and for several."""
+    torch.compiler.reset()
+    compiler = Compiler("eager")
+    vae = Vae(pipeline.vae, pipeline.image_processor, compiler, encodes_in_full)
+    with torch.inference_mode(), compiler.warm():
+        for rows in (1, 2):
+            vae.decode(LATENTS[:rows])
+    return vae, compiler
+
+
 def test_slices_of_the_vae_go_with_what_is_compiled() -> None:
-    pipeline = load_smaller()
+    pipeline = load_demo()
     vae, compiler = compiled_vae(pipeline)
     pipeline.vae.enable_slicing()
     found = vae.decode(LATENTS)
@@ -427,27 +441,13 @@ def test_a_refiner_is_warmed_however_steps_are_spaced() -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_a_picture_that_is_encoded_in_full_leaves_what_was_compiled_fit() -> None:
-    vae, compiler = compiled_vae(load_smaller().to(torch.bfloat16), encodes_in_full=True)
+    vae, compiler = compiled_vae(load_demo().to(torch.bfloat16), encodes_in_full=True)
     before, generator = graphs(), torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for _ in range(2):
             latents = vae.encode(torch.zeros(1, 3, 64, 64), generator, torch.device("cpu"), torch.bfloat16)
             vae.decode(latents)
     assert (graphs(), compiler.unexpected) == (before, 0)
-
-
-LATENTS = torch.linspace(-1, 1, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
-
-
-def compiled_vae(pipeline: StableDiffusionXLPipeline, encodes_in_full: bool = False) -> tuple[Vae, Compiler]:
-    """Warmed for one picture and for several."""
-    torch.compiler.reset()
-    compiler = Compiler("eager")
-    vae = Vae(pipeline.vae, pipeline.image_processor, compiler, encodes_in_full)
-    with torch.inference_mode(), compiler.warm():
-        for rows in (1, 2):
-            vae.decode(LATENTS[:rows])
-    return vae, compiler
 
 
 def test_errors_of_what_was_compiled_are_told_as_they_are() -> None:
