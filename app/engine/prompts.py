@@ -125,7 +125,8 @@ class PromptLimits:
 
 
 class _Encoder:
-    """A text encoder as compel asks it.
+    """A text encoder for compel, which asks in several ways: here in that of the stock pipeline, with a mask or without,
+    as each way would be compiled for itself.
 
     Attributes:
         device: where it computes and its embeddings are wanted; its weights may wait elsewhere, or nowhere.
@@ -140,8 +141,9 @@ class _Encoder:
         dtype: torch.dtype = self._module.dtype
         return dtype
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._module(*args, **kwargs)
+    def __call__(self, token_ids: torch.Tensor, mask: torch.Tensor | None = None, **_: Any) -> Any:
+        masks = () if mask is None else (mask,)
+        return self._module(token_ids.long(), *masks, output_hidden_states=True)
 
 
 class PromptEncoder:

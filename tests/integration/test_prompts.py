@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from app.engine import prompts
 from app.engine.prompts import Embedding, fragments
@@ -142,6 +143,26 @@ def test_the_longest_prompts_are_read_in_moments(family: SdxlFamily, prompt: str
     assert picture.shape == (128, 128, 3)
     # Two encoders, a prompt that is cached for both sides, and what an empty one and the projection want.
     assert calls <= 2 * (prompts.MAX_PASSES + 3)
+
+
+def test_however_prompts_are_read_encoders_are_asked_in_two_ways(family: SdxlFamily) -> None:
+    """With a mask and without: a start that compiles takes longer for each way."""
+    ways: set[tuple[Any, ...]] = set()
+
+    def watch(_: Any, args: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+        tensors = tuple((each.dtype, tuple(each.shape)) for each in args)
+        ways.add((tensors, tuple(sorted(options.items()))))
+
+    hooks = [encoder.register_forward_pre_hook(watch, with_kwargs=True) for encoder in encoders(family)]
+    try:
+        for prompt in ("plain for once", "a (heavy:1.4) one for once", "a (light:0.3) one for once", FILLER + "for once"):
+            negative = FILLER * 2 + prompt
+            family.encode(family.resolve(GenerateRequest(prompt=prompt, negative_prompt=negative)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ids = (torch.int64, (1, 77))
+    assert ways == {((ids,), (("output_hidden_states", True),)), ((ids, ids), (("output_hidden_states", True),))}
 
 
 def encoders(family: SdxlFamily) -> list[Any]:
