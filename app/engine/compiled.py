@@ -9,7 +9,7 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,13 +186,14 @@ class Compiled:
             # What was compiled asks for more than the shape tells. It will each time.
             self._warm.remove(shape)
         self._compiler.unexpected += 1
-        self._tell(shape)
+        self._tell(shape, exact)
         return self._as_written(*args, **kwargs)
 
-    def _tell(self, shape: Hashable) -> None:
+    def _tell(self, shape: Hashable, exact: Sequence[torch.Size]) -> None:
         if shape not in self._told and len(self._told) < MOST_SHAPES:
             self._told.add(shape)
-            logger.info("nothing was compiled for the shape %s: it runs as written", shape)
+            sizes = ", ".join("x".join(map(str, each)) for each in exact if each)
+            logger.info("nothing was compiled for tensors of %s: they run as written, see --warm_sizes", sizes)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         result = self._compiled(*args, **kwargs)

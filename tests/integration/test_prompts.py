@@ -155,9 +155,9 @@ def test_however_prompts_are_read_encoders_are_asked_in_two_ways(family: SdxlFam
 
     hooks = [encoder.register_forward_pre_hook(watch, with_kwargs=True) for encoder in encoders(family)]
     try:
-        for prompt in ("plain for once", "a (heavy:1.4) one for once", "a (light:0.3) one for once", FILLER + "for once"):
-            negative = FILLER * 2 + prompt
-            family.encode(family.resolve(GenerateRequest(prompt=prompt, negative_prompt=negative)))
+        for words in ("plain", "a (heavy:1.4) one", "a (light:0.3) one", FILLER):
+            prompt = f"{words} asked for once"
+            family.encode(family.resolve(GenerateRequest(prompt=prompt, negative_prompt=FILLER * 2 + prompt)))
     finally:
         for hook in hooks:
             hook.remove()
