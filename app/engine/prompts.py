@@ -125,8 +125,8 @@ class PromptLimits:
 
 
 class _Encoder:
-    """A text encoder for compel, asked in the stock pipeline's way, with a mask or without: compel's own are several, and
-    each would be compiled for itself.
+    """A text encoder for compel, asked in the stock pipeline's way, with a mask or without: compel's own ways are more,
+    and each would be compiled for itself.
 
     Attributes:
         device: where it computes and its embeddings are wanted; its weights may wait elsewhere, or nowhere.
