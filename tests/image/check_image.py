@@ -252,10 +252,13 @@ def test_bytecode_is_used_whatever_its_time(server: Server, config: dict[str, An
     """Otherwise every start would compile anew, where nothing can be kept: a minute or more."""
     # The first bytes: a magic number, and flags that say 1 for bytecode that is checked by nothing.
     script = """
-import pathlib, sys
+import importlib.util, pathlib, sys
 import app.main, app.engine.assembling, app.engine.converting, app.engine.compiled, app.engine.flux, app.engine.sdxl
+files = [file for root in ("torch", "diffusers", "app")
+         for file in pathlib.Path(importlib.util.find_spec(root).origin).parent.rglob("*.pyc")]
+# And all that a server imports, whoever made it.
 specs = [getattr(module, "__spec__", None) for module in tuple(sys.modules.values())]
-files = [pathlib.Path(spec.cached) for spec in specs if spec and (spec.cached or "").startswith(sys.prefix)]
+files += [pathlib.Path(spec.cached) for spec in specs if spec and (spec.cached or "").startswith(sys.prefix)]
 print(len(files) > 1000, *[file for file in files if not file.exists() or file.read_bytes()[4] != 1])
 """
     assert run(*server.inside(config["Env"], "python", "-c", script)).split() == ["True"]
