@@ -8,13 +8,14 @@ BIN := .venv/bin
 install: .venv/installed
 
 # The pip that comes with Python may be so old that it takes twice as long. Bytecode comes from all cores, where pip takes
-# one. Not of what nothing here imports: libraries' own tests, a file of torch's for a later Python, which does not
-# compile, and all that a Kubernetes cluster can be asked, a quarter of it all.
+# one, and of the server too, which Python would compile at each start where it may write none. Not of what nothing here
+# imports: libraries' own tests, a file of torch's for a later Python, which does not compile, and all that a Kubernetes
+# cluster can be asked, a quarter of it all.
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/py312_|/kubernetes/(aio|client/(api|models))/[^_]' .venv/lib
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/py312_|/kubernetes/(aio|client/(api|models))/[^_]' .venv/lib app
 	touch $@
 
 # Every setting may be given here too, such as `make serve HTTP_PORT=9000`, or in .env, which these must not outdo. What

@@ -396,11 +396,10 @@ def read(path: Path | None) -> Results:
 
 
 def write(results: Results, path: Path) -> None:
-    """As JSON, as a table for the README, and as a figure; one name for all three."""
+    """As JSON, and as a table for the README under the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(gpu_report.table(results), encoding="utf-8")
-    gpu_report.draw(results, path.with_suffix(".svg"))
 
 
 def say(*words: Any) -> None:
@@ -505,6 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(model, setup, results, save)
         run["log"][model] = log.summary
         save()
+        if path is not None:  # takes half a second, so not after each row
+            gpu_report.draw(results, path.with_suffix(".svg"))
         torch.compiler.reset()
         free(device)
     print(gpu_report.table(results))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +14,22 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import gpu_report
+from tests.benchmarks import gpu, gpu_report
 
 STEPS = {"sdxl": 2, "sdxl-refiner": 2, "flux-dev": 8, "flux-schnell": 2}
 FIGURES = ("seconds", "fastest", "slowest", "latency", "images_per_second", "tflop", "floor")
 
 
-def say(out: Path, *flags: str, **environment: str) -> str:
-    """What is printed."""
-    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--small", "--device", "cpu", "--out", str(out), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def command(out: Path, *flags: str) -> list[str]:
+    return ["--small", "--device", "cpu", "--out", str(out), *flags]
 
 
-def run(out: Path, *flags: str, **environment: str) -> dict[str, Any]:
+def run(out: Path, *flags: str) -> dict[str, Any]:
     """What stands in the file afterwards."""
-    say(out, *flags, **environment)
+    try:
+        assert gpu.main(command(out, *flags)) == 0
+    finally:
+        gc.unfreeze()  # what other tests left
     return read(out)
 
 
@@ -109,32 +110,58 @@ def test_half_precision_is_seen_to_differ_a_little(tmp_path: Path) -> None:
             assert 1e-4 < difference < 0.1, level
 
 
-def test_a_level_that_this_machine_has_no_compiler_for_is_said_to_be_absent(tmp_path: Path) -> None:
-    absent = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    flags = ("--levels", "off", "compile", "--model", "sdxl", "--rows", "1", "--no-differences")
-    results = run(tmp_path, *flags, **absent)
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Where two runs left their results, and what the second one printed, by a process that finds no compiler."""
+    folder = tmp_path_factory.mktemp("no-compiler")
+    partly, wholly = folder / "partly", folder / "made" / "for it"
+    flags = ("--model", "sdxl", "--rows", "1", "--no-differences", "--levels")
+    runs = (command(partly, *flags, "off", "compile"), command(wholly, *flags, "compile"))
+    program = f"from tests.benchmarks.gpu import main\nfor run in {runs!r}: print('\\f', main(run))"
+    absent = {"CXX": str(folder / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    python = [sys.executable, "-c", program]
+    done = subprocess.run(python, capture_output=True, text=True, check=False, env={**os.environ, **absent})
+    assert done.returncode == 0, done.stderr
+    _, second, code = done.stdout.split("\f")
+    assert code.strip() == "0"
+    return partly, wholly, second
+
+
+def test_a_level_that_this_machine_has_no_compiler_for_is_said_to_be_absent(
+    without_compiler: tuple[Path, Path, str],
+) -> None:
+    out, _, _ = without_compiler
+    results = read(out)
     off, compiled = results["levels"]
     assert "unavailable" not in off and compiled["unavailable"].startswith("not available: The model cannot be")
     assert [(row["level"], row["images"]) for row in results["rows"]] == [("off", 1)]
-    assert "| SDXL | – | `compile` | not available:" in (tmp_path / "gpu-cpu-small.md").read_text()
+    assert "| SDXL | – | `compile` | not available:" in (out / "gpu-cpu-small.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence", "absent"),
-    [
-        # Few steps, none of which the cache leaves out; and nothing that guides.
-        (("--model", "flux-schnell", "--levels", "step_cache", "guidance_end"), "it has no such level", []),
-        (("--model", "sdxl", "--levels", "compile"), "none of these levels is to be had", ["compile"]),
-    ],
-    ids=["no-such-level", "no-compiler"],
-)
-def test_where_nothing_can_be_measured_it_says_so_and_the_table_is_written(
-    tmp_path: Path, flags: tuple[str, ...], sentence: str, absent: list[str]
+def test_where_no_level_is_to_be_had_it_says_so_and_the_table_is_written(
+    without_compiler: tuple[Path, Path, str],
 ) -> None:
-    no_compiler = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    out = tmp_path / "made" / "for it"
-    printed = say(out, *flags, "--no-differences", **no_compiler)
-    assert f"{flags[1]} nothing to measure: {sentence}" in printed
+    _, out, printed = without_compiler
+    assert "sdxl nothing to measure: none of these levels is to be had" in printed
+    check_nothing_was_measured(out, printed, ["compile"])
+
+
+def test_where_a_model_has_no_such_level_it_says_so_and_the_table_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Few steps, none of which the cache leaves out; and nothing that guides. As `make bench-gpu` starts it.
+    flags = ("--model", "flux-schnell", "--levels", "step_cache", "guidance_end", "--no-differences")
+    monkeypatch.setattr(sys, "argv", ["", *command(tmp_path, *flags)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(gpu.__file__, run_name="__main__")
+    gc.unfreeze()
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "flux-schnell nothing to measure: it has no such level" in printed
+    check_nothing_was_measured(tmp_path, printed, [])
+
+
+def check_nothing_was_measured(out: Path, printed: str, absent: list[str]) -> None:
     results = read(out)
     assert [each["level"] for each in results["levels"]] == absent and results["rows"] == []
     assert len(results["runs"]) == 1
