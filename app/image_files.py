@@ -8,6 +8,7 @@ Source: W3C PNG (Third Edition), ITU-T T.81 Annex B, Google's WebP Container Spe
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 
@@ -17,7 +18,9 @@ RIFF, WEBP = b"RIFF", b"WEBP"
 
 _PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _JFIF, _EXIF, _ADOBE, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
-_START_OF_SCAN, _FILL = 0xDA, 0xFF
+_END, _START_OF_SCAN, _FILL = 0xD9, 0xDA, 0xFF
+_BETWEEN_SCANS = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""A marker that ends a scan's data, in which there may be zeros and restarts behind 0xFF."""
 _ORIENTATION = 0x0112
 MAX_SCANS = 50
 """Of a progressive JPEG; encoders make ten to twenty, and each takes the time of a whole picture."""
@@ -78,8 +81,6 @@ def _chunks(data: bytes, position: int, head: str, around: int) -> Iterator[tupl
 
 
 def _jpeg(data: bytes) -> tuple[bytes, int]:
-    if data.count(b"\xff\xda") > MAX_SCANS:
-        raise ValueError("too many scans")
     view, kept, orientation = memoryview(data), [data[:2]], 1
     parts = _Parts(data)
     position = 2
@@ -92,7 +93,10 @@ def _jpeg(data: bytes) -> tuple[bytes, int]:
             position += 1
             continue
         if marker == _START_OF_SCAN:
-            kept.append(view[position:])  # type: ignore[arg-type]
+            end = _end_of_jpeg(data, position, parts)
+            if data.count(b"\xff\xda", position, end) > MAX_SCANS:
+                raise ValueError("too many scans")
+            kept.append(view[position:end])  # type: ignore[arg-type]
             return b"".join(kept), orientation
         (size,) = struct.unpack_from(">H", data, position + 2)
         end = position + 2 + max(size, 2)
@@ -103,6 +107,18 @@ def _jpeg(data: bytes) -> tuple[bytes, int]:
         if not (is_application or marker == _COMMENT) or marker in (_JFIF, _ADOBE):
             kept.append(view[position:end])  # type: ignore[arg-type]
         position = end
+
+
+def _end_of_jpeg(data: bytes, position: int, parts: _Parts) -> int:
+    """Where the picture is over whose first scan is at `position`; phones put a film behind it."""
+    while found := _BETWEEN_SCANS.search(data, position):
+        parts.count()
+        position = found.end()
+        if data[position - 1] == _END:
+            return position
+        if position + 2 <= len(data):
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return len(data)
 
 
 class _Parts:

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from ctypes import c_float
 from dataclasses import fields
 from types import MappingProxyType
 from typing import TypeVar
@@ -298,7 +299,8 @@ def check_combinations(request: GenerateRequest, taken: Collection[str]) -> None
 def _check_schedule(request: GenerateRequest, name: str, spacings: Sequence[str]) -> None:
     """A schedule of the caller's own falls, and leaves nothing for other parameters to say about it."""
     values: tuple[float, ...] = getattr(request, name)
-    if any(later >= earlier for earlier, later in itertools.pairwise(values)):
+    # In the precision that schedulers have.
+    if any(later >= earlier for earlier, later in itertools.pairwise(c_float(value).value for value in values)):
         raise InvalidRequest(f"{name} must fall from each number to the next.")
     if name == "timesteps" and not all(value.is_integer() for value in values):
         raise InvalidRequest("timesteps must be whole numbers.")

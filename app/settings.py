@@ -268,8 +268,8 @@ class Settings(BaseModel):
     @field_validator("model_name")
     @classmethod
     def _name_fits_into_a_path(cls, name: str) -> str:
-        if "/" in name:
-            raise ValueError("it must not contain '/', or no path would lead to the model")
+        if "/" in name or name in (".", ".."):
+            raise ValueError("it must not contain '/' or be '.' or '..', or no path would lead to the model")
         return name
 
     @field_validator("api_key", "huggingface_token")

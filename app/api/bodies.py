@@ -22,6 +22,10 @@ AT_A_TIME = 8
 RETRY_AFTER = 5.0
 """Seconds after which those who found no room may try again."""
 PLAIN = ("identity", "")
+GZIP = b"\x1f\x8b"
+"""With which gzip data begins, and each of its members."""
+MOST_MEMBERS = 1000
+"""Of gzip data; each may unpack to nothing, and costs time all the same."""
 
 
 class Bodies:
@@ -147,11 +151,20 @@ def _unpack(body: bytes, encoding: str, limit: int) -> bytes:
         # "deflate" means zlib's format, but some clients send it without zlib's header.
         zlib_header = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
         window = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
-    unpacker = zlib.decompressobj(window)
+    view, position, unpacked = memoryview(body), 0, bytearray()
+    unpacker, members = zlib.decompressobj(window), 1
     try:
-        unpacked = unpacker.decompress(body, limit + 1)
+        while position < len(body) and len(unpacked) <= limit:
+            if unpacker.eof:
+                # gzip data may have several members, which belong together.
+                if not body.startswith(GZIP, position) or window <= zlib.MAX_WBITS or members == MOST_MEMBERS:
+                    break
+                unpacker, members = zlib.decompressobj(window), members + 1
+            piece = view[position : position + SMALL]  # as what a member leaves is copied
+            unpacked += unpacker.decompress(piece, limit + 1 - len(unpacked))
+            position += len(piece) - len(unpacker.unused_data)
     except zlib.error:
         raise InvalidRequest(f"The body is not {encoding} data as its Content-Encoding says.") from None
-    if len(unpacked) <= limit and (not unpacker.eof or unpacker.unused_data):
+    if len(unpacked) <= limit and (position < len(body) or not unpacker.eof):
         raise InvalidRequest(f"The {encoding} data of the body does not end where the body ends.")
-    return unpacked
+    return bytes(unpacked)

@@ -230,7 +230,9 @@ class Edge:
         fault: RuntimeFault
         body = _Body(receive, self._body_timeout)
         options = [option.strip() for option in headers.get(b"connection", b"").lower().split(b",")]
-        closes = b"close" in options or scope["http_version"] == "1.0"
+        # Two lengths of one body: a proxy may go by the other one, and see requests in what is left of it.
+        is_ambiguous = b"content-length" in headers and b"transfer-encoding" in headers
+        closes = is_ambiguous or b"close" in options or scope["http_version"] == "1.0"
 
         async def send_with_id(message: Message) -> None:
             nonlocal status, size, closes
@@ -238,7 +240,8 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 closes = closes or (b"connection", b"close") in message.get("headers", ())
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", identifier.encode())]
+                own = [(b"x-request-id", identifier.encode()), *([(b"connection", b"close")] if is_ambiguous else ())]
+                message["headers"] = [*message.get("headers", ()), *own]
             elif closes and not body.is_whole and not message.get("more_body"):
                 await send({**message, "more_body": True})
                 try:
@@ -274,7 +277,7 @@ class Edge:
             if self._access_log is not None:
                 self._access_log.log(
                     Access(
-                        client=(scope.get("client") or ("-",))[0],
+                        client=quote((scope.get("client") or ("-",))[0], safe=":.%"),  # a proxy's word
                         method=method,
                         path=quote(path, safe="/:"),
                         query=scope["query_string"].decode("latin-1"),

@@ -86,7 +86,7 @@ class Schedulers:
         for custom in CUSTOM:
             if getattr(request, custom) and spacings:
                 raise InvalidRequest(f"{custom} and the scheduler {name}, which spaces its own, contradict each other.")
-            if getattr(request, custom) and custom not in inspect.signature(scheduler_class.set_timesteps).parameters:
+            if getattr(request, custom) and not _takes(scheduler_class, custom):
                 raise InvalidRequest(
                     f"The scheduler {name} takes no {custom} of one's own; give num_inference_steps or take another "
                     "scheduler."
@@ -157,6 +157,12 @@ class Schedulers:
 
 def _class(name: str) -> Any:
     return getattr(diffusers, NAMES[name][0] if name in NAMES else name)
+
+
+def _takes(scheduler_class: Any, custom: str) -> bool:
+    # UniPC's sigmas are those of models that follow straight lines.
+    is_other = custom == "sigmas" and scheduler_class is diffusers.UniPCMultistepScheduler
+    return custom in inspect.signature(scheduler_class.set_timesteps).parameters and not is_other
 
 
 # --- Parts of a schedule ---------------------------------------------------------------------------------------

@@ -232,7 +232,8 @@ def test_variables_of_others_do_not_matter() -> None:
         (["--device", "gpu"], ["--device is 'gpu', but it must be one of those named here (", "cuda:N"]),
         (["--device", "cuda:x"], ["--device is 'cuda:x', but", "cuda:N"]),
         (["--model_name="], ["--model_name is '', but it must not be empty ("]),
-        (["--model_name", "sd/xl"], ["--model_name is 'sd/xl', but it must not contain '/', or no path would lead"]),
+        (["--model_name", "sd/xl"], ["--model_name is 'sd/xl', but it must not contain '/' or be '.' or '..', or no"]),
+        (["--model_name", ".."], ["--model_name is '..', but it must not contain '/' or be '.' or '..', or no path"]),
         (["--warm_sizes", "512x512,big"], ["--warm_sizes is '512x512,big', but it must be WIDTHxHEIGHT"]),
         (
             ["--lora", "style.safetensors"],

@@ -96,6 +96,20 @@ def test_requests_that_come_early_are_answered_in_their_order_however_many_they_
         assert answer.index(b'"outputs"') < answer.index(b'{"live": true}')
 
 
+def test_a_body_with_two_lengths_is_the_last_that_its_connection_brings() -> None:
+    """A proxy that goes by the other length takes what is left of the body for somebody else's request, or the other
+    way round: RFC 9112, 6.1."""
+    content = json.dumps(BODY).encode()
+    head = b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+    hidden = b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n"
+    with running(Instant) as each, socket.create_connection(("127.0.0.1", each.port), WAIT) as connection:
+        connection.sendall(head % (INFER.encode(), len(body + hidden)) + body + hidden)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answer.startswith(b"HTTP/1.1 200 OK") and b"connection: close" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 def chunked(body: bytes) -> bytes:
     """A request whose body comes byte by byte."""
     head = b"POST %s HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" % INFER.encode()

@@ -150,7 +150,7 @@ def test_noise_levels_and_spacings_are_those_of_the_stock_scheduler(
         ({"scheduler": "DDIM", "use_karras_sigmas": True}, "DDIM has no use_karras_sigmas"),
         ({"scheduler": "DDIM", "sigmas": (3.0, 1.0)}, "DDIM takes no sigmas of one's own"),
         ({"scheduler": "UniPC", "timesteps": (3.0, 1.0)}, "UniPC takes no timesteps of one's own"),
-        ({"scheduler": "UniPC", "sigmas": (3.0, 0.0)}, "UniPC cannot do the sigmas given; leave them out"),
+        ({"scheduler": "UniPC", "sigmas": (3.0, 0.0)}, "UniPC takes no sigmas of one's own"),
         ({"scheduler": "Euler Karras", "timesteps": (900.0, 1.0)}, "timesteps and the scheduler Euler Karras"),
         ({"scheduler": "Euler Karras", "sigmas": (3.0, 0.0)}, "Euler Karras, which spaces its own, contradict"),
         ({"sigmas": (3.0,)}, "sigmas must have at least 2 numbers"),

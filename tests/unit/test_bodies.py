@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from fastapi import Request
 
-from app.api.bodies import AT_A_TIME, Bodies
-from app.errors import BodyTooLarge, BodyTooSlow, Overloaded
+from app.api.bodies import AT_A_TIME, MOST_MEMBERS, Bodies
+from app.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, Overloaded
 from app.settings import Settings
 
 LIMIT = 1_000_000
@@ -148,6 +148,20 @@ async def test_what_is_packed_has_room_for_what_it_unpacks_to_or_waits() -> None
         await asyncio.sleep(0.05)
         assert not any(task.done() for task in waiting)
     assert await asyncio.gather(*waiting) == [LIMIT] * 3
+
+
+async def test_gzip_data_may_have_several_members_but_not_any_number_of_them() -> None:
+    all_ = bodies()
+    for parts in ([1, 2, 3], [LIMIT // 2, LIMIT // 2], [0] * MOST_MEMBERS):
+        packed = b"".join(gzip.compress(bytes(part)) for part in parts)
+        assert await read(all_, Sender(len(packed), packed).send(0)) == sum(parts)
+    for rest in (gzip.compress(b"a") * MOST_MEMBERS, gzip.compress(b"a")[:-1], b"more"):
+        packed = gzip.compress(b"a") + rest
+        with pytest.raises(InvalidRequest, match="does not end where the body ends"):
+            await read(all_, Sender(len(packed), packed).send(0))
+    packed = gzip.compress(bytes(LIMIT)) + gzip.compress(b"a")
+    with pytest.raises(BodyTooLarge, match=f"more than {LIMIT} bytes"):
+        await read(all_, Sender(len(packed), packed).send(0))
 
 
 async def test_what_is_small_packed_and_unpacked_is_not_held_up() -> None:

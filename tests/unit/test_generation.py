@@ -138,6 +138,8 @@ def test_images_of_all_prompts_count_together() -> None:
         ({"timesteps": (2.0, 1.0), "sigmas": (2.0, 1.0)}, "timesteps or sigmas, not both"),
         ({"timesteps": (1.0, 2.0)}, "timesteps must fall"),
         ({"sigmas": (2.0, 2.0)}, "sigmas must fall"),
+        ({"sigmas": (1e-46, 0.0)}, "sigmas must fall"),
+        ({"sigmas": (2.0, 2.0 - 1e-9, 0.0)}, "sigmas must fall"),
         ({"timesteps": (2.5, 1.0)}, "timesteps must be whole numbers"),
         ({"sigmas": (2.0, 1.0), "num_inference_steps": 3}, "has 2 numbers, so leave num_inference_steps out"),
         ({"timesteps": (999.0,), "num_inference_steps": 3}, "has 1 number, so leave num_inference_steps out"),

@@ -182,7 +182,9 @@ BOMBS = {
     "a million empty data chunks": lambda: png(chunk(b"IDAT") * 10**6),
     "a million comments": lambda: jpeg_with(b"\xff\xfe\0\2" * 10**6),
     "a million fill bytes": lambda: jpeg_with(b"\xff" * 10**6),
-    "ten thousand scans": lambda: jpeg_with(b"") + b"\xff\xda" * 10**4,
+    "ten thousand scans": lambda: jpeg_with(b"")[:-2] + b"\xff\xda" * 10**4 + b"\xff\xd9",
+    "ten thousand scans that something hides": lambda: jpeg_with(b"")[:-2] + b"\xff\xe1\xff\xff" + b"\xff\xda" * 10**4,
+    "scans beside an end of no picture": lambda: jpeg_with(b"")[:-2] + b"\xff\xda\0\x04\xff\xd9" * 10**4,
     "a million RIFF chunks": lambda: encoded(Image.new("RGB", (8, 8)), "WEBP") + b"NONE\0\0\0\0" * 10**6,
 }
 
@@ -212,6 +214,14 @@ def test_texts_and_profiles_are_skipped_however_large_they_would_be_unpacked() -
     red = decode(jpeg_with(b""))
     assert decode(jpeg_with((b"\xff\xe1\xff\xff" + bytes(65_533)) * 100)) == red
     assert decode(jpeg_with(b"\xff\xe1\xff\xffExif\0\0" + bytes(65_527))) == red
+
+
+def test_what_lies_behind_a_picture_does_not_count_though_it_looks_like_parts_of_one() -> None:
+    film = bytes(4) + b"ftypmp42" + b"\xff\xda\xff\xd9\xff\xe1" * 10**6  # as phones put it behind a photo
+    picture = Image.effect_noise((64, 64), 90).convert("RGB")
+    for kind, options in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})):
+        data = encoded(picture, kind, **options)
+        assert decode(data + film) == decode(data)
 
 
 # --- What is seen ----------------------------------------------------------------------------------------------
