@@ -150,6 +150,7 @@ class Compiled:
         self._graphs = graphs
         self._warm: set[Hashable] = set()
         self._recorded: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
         self._told: set[Hashable] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +160,7 @@ class Compiled:
 
         - was warmed: the compiled form; of CUDA graphs the one that was recorded for these exact lengths, if any,
         - was not: the function as written, counted as unexpected,
-        - was warmed, and torch would compile anew all the same: likewise, from then on.
+        - was warmed, and torch would compile anew all the same: likewise, from then on for these exact lengths.
         """
         args, kwargs = pytree.tree_map_only(torch.Tensor, _settle, (args, kwargs))
         exact = tuple(leaf.shape for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
@@ -173,7 +174,7 @@ class Compiled:
             self._warm.add(shape)
             self._recorded.add(exact)
             return result
-        if shape in self._warm:
+        if shape in self._warm and (shape, exact) not in self._refused:
             # A graph holds for exact lengths, takes a second to record, and stays for ever.
             known = not self._graphs or exact in self._recorded
             for _ in range(TRIES):
@@ -183,8 +184,10 @@ class Compiled:
                 except RuntimeError as error:
                     if REFUSAL not in str(error):
                         raise
-            # What was compiled asks for more than the shape tells. It will each time.
-            self._warm.remove(shape)
+            # What was compiled asks for more than the shape tells, and will of these lengths each time.
+            self._refused.add((shape, exact))
+            if len(self._refused) > MOST_SHAPES:
+                self._warm.remove(shape)
         self._compiler.unexpected += 1
         self._tell(shape, exact)
         return self._as_written(*args, **kwargs)

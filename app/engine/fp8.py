@@ -52,7 +52,9 @@ class Fp8Linear(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of `inputs`."""
-        rows, scale = quantize(inputs.reshape(-1, self.in_features))
+        # A GPU multiplies only rows that lie one after the other. Those of a single picture lie crosswise behind its
+        # norm, whose results are never channels_last there.
+        rows, scale = quantize(inputs.reshape(-1, self.in_features).contiguous())
         # Its public form, scaled_mm, came later, and could not be compiled at first.
         outputs = torch._scaled_mm(
             rows,

@@ -212,6 +212,9 @@ def test_what_was_compiled_and_asks_for_more_than_the_shape_runs_as_written_and_
         for count in (1, 2):
             assert torch.equal(run(torch.ones(12, 4)), torch.full((12, 4), 3.0))
             assert (graphs(), compiler.unexpected) == (before, count)
+        # Others of that shape stay what they were.
+        assert torch.equal(run(torch.ones(3, 4)), torch.full((3, 4), 2.0))
+        assert (graphs(), compiler.unexpected) == (before, 2)
 
 
 @pytest.mark.parametrize(
@@ -633,6 +636,22 @@ def test_eight_bit_layers_are_near_those_in_full_and_take_what_is_large() -> Non
     assert isinstance(layers["time_embedding.linear_1"], nn.Linear)
     kinds = {name.partition("attn")[2]: type(layer) for name, layer in layers.items() if "attn" in name}
     assert kinds["2.to_q"] is kinds["1.to_k"] is Fp8Linear and kinds["2.to_k"] is kinds["2.to_v"] is nn.Linear
+
+
+def test_eight_bit_products_get_rows_as_a_gpu_wants_them_however_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = torch._scaled_mm
+
+    def strict(rows: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        # Source: torch's meta_scaled_mm, which asks this of every device but a CPU.
+        assert rows.stride(0) > rows.stride(1) == 1 and weight.stride(1) > weight.stride(0) == 1
+        return product(rows, weight, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    layer = Fp8Linear(nn.Linear(64, 32))
+    # As a GPU's norm gives it to UNets, which take the channels for features: a view where it is one picture.
+    for pictures in (1, 2):
+        pixels = torch.randn(pictures, 64, 8, 8).permute(0, 2, 3, 1).reshape(pictures, 64, 64)
+        assert torch.equal(layer(pixels), layer(pixels.contiguous()))
 
 
 def test_eight_bit_products_are_tried_before_they_are_used(
