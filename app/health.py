@@ -65,11 +65,11 @@ def in_url(host: str) -> str:
 
 
 def _setting(name: str, environment: Mapping[str, str], env_file: Path, alias: str = "") -> str | None:
-    """By the settings' rules: an empty value leaves it to the alias, and a Service's address is not meant for us."""
+    """By the settings' rules: an empty value leaves it to the next, and a Service's address is not meant for us."""
     for pairs in _sources(environment, env_file):
-        value = pairs.get(name) or pairs.get(alias, pairs.get(name))
-        if value is not None and not value.startswith("tcp://"):
-            return value.strip()
+        value = (pairs.get(name) or "").strip() or (pairs.get(alias) or "").strip()
+        if value and not value.startswith("tcp://"):
+            return value
     return None
 
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
@@ -351,6 +352,8 @@ def _make_server(
 
     Where it cannot, the server stops.
     """
+    if settings.event_loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        raise InvalidSettings("--event_loop is 'uvloop', which is not installed here; install it, or take auto.")
     failures: list[BaseException] = []
     certificate = None
     if settings.ssl_certfile is not None and settings.ssl_keyfile is not None:
@@ -370,6 +373,7 @@ def _make_server(
         loop=settings.event_loop,
         server_header=False,
         timeout_keep_alive=settings.timeout_keep_alive,
+        workers=1,  # or it reads WEB_CONCURRENCY
     )
     server = Server(
         config,

@@ -265,6 +265,11 @@ class Settings(BaseModel):
                 raise ValueError(f"--{name} is {path}, but there is no --{other}; name both for HTTPS, or none of them")
         return self
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _devices_may_be_in_capitals(cls, device: object) -> object:
+        return device.lower() if isinstance(device, str) else device
+
     @field_validator("model_name")
     @classmethod
     def _name_fits_into_a_path(cls, name: str) -> str:

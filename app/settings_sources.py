@@ -38,6 +38,8 @@ def load_settings(
 ) -> Settings:
     """Read flags, environment and ``.env``, in that order of precedence.
 
+    What the environment or ``.env`` leaves empty, as templates do, is not given there; ``none`` unsets.
+
     Raises:
         InvalidSettings: with one sentence that names the flag, variable or key and what it may be.
         SystemExit: after ``--help``.
@@ -51,12 +53,9 @@ def load_settings(
 
     for origin, pairs in ((f" in {env_file}", _read_env_file(env_file)), (" in the environment", environment)):
         for name in Settings.model_fields:
-            value = pairs.get(name.upper())
-            if not value:
-                # A template that leaves ours empty does not mean to hide the usual one.
-                value = pairs.get(ALIASES.get(name, ""), value)
+            value = pairs.get(name.upper(), "").strip() or pairs.get(ALIASES.get(name, ""), "")
             # Kubernetes announces a Service called "http" as HTTP_PORT=tcp://10.0.0.1:80: not meant for us.
-            if value is not None and not value.startswith("tcp://"):
+            if value.strip() and not value.startswith("tcp://"):
                 take(name, value, f"{name.upper()}{origin}")
     for name, value in flags.items():
         take(name, value, f"--{name}")
@@ -89,11 +88,11 @@ def find_termination_log(
     parser.add_argument("--termination_log", "--termination-log")
     found = environment.get("TERMINATION_LOG")
     with contextlib.suppress(InvalidSettings):
-        found = _read_env_file(env_file).get("TERMINATION_LOG") if found is None else found
+        found = found or _read_env_file(env_file).get("TERMINATION_LOG")
     with contextlib.suppress(InvalidSettings):
-        found = parser.parse_known_args(arguments)[0].termination_log or found
-    given = {} if found is None else {"TERMINATION_LOG": found}
-    return load_settings([], given, Path(os.devnull)).termination_log
+        given = parser.parse_known_args(arguments)[0].termination_log
+        found = found if given is None else given or "none"
+    return load_settings([], {"TERMINATION_LOG": found or ""}, Path(os.devnull)).termination_log
 
 
 _MESSAGES = {
@@ -117,10 +116,11 @@ def _describe(error: ValidationError, sources: Mapping[str, str]) -> str:
         return f"{message}."
     name = str(detail["loc"][0])
     field = Settings.model_fields[name]
+    words = _words(field)
     if typing.get_origin(field.annotation) is Literal:
-        message = f"must be one of {', '.join(typing.get_args(field.annotation))}"
+        message, words = f"must be one of {', '.join(words)}", []
     message = _MESSAGES.get(detail["type"], message).replace("Input should", "it must")
-    message = " or ".join([message.split(", unable to parse")[0], *_words(field)])
+    message = " or ".join([message.split(", unable to parse")[0], *words])
     given = detail["input"]
     text = ",".join(given) if isinstance(given, tuple) else str(given)
     shown = "" if _is_secret(field) else f" is {text[:80]!r}, but"
@@ -128,8 +128,8 @@ def _describe(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 def _words(field: FieldInfo) -> list[str]:
-    """What a setting may be besides a value of another kind."""
-    kinds = typing.get_args(field.annotation)
+    """What a setting may be, perhaps besides a value of another kind."""
+    kinds = (field.annotation, *typing.get_args(field.annotation))
     return [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
 
 
@@ -153,7 +153,7 @@ def _read_env_file(path: Path) -> Mapping[str, str]:
         raise InvalidSettings(f"{path} cannot be read: it holds NUL characters, as UTF-16 does; save it as UTF-8.")
     # Whoever leaves out a line may leave out the key that callers need. It is not shown: it may be a secret.
     for line in lines:
-        if line.error:
+        if line.error or (line.key is not None and line.value is None):
             # It begins with the blank lines before it.
             blank = len(line.original.string) - len(line.original.string.lstrip())
             number = line.original.line + line.original.string[:blank].count("\n")
@@ -165,7 +165,10 @@ def _read_env_file(path: Path) -> Mapping[str, str]:
 
 
 def _from_text(value: str | list[str], field: FieldInfo) -> object:
-    """An empty value or ``none`` means "unset" where a setting may be unset; pydantic reads everything else."""
+    """An empty value or ``none`` means "unset" where a setting may be unset; pydantic reads everything else.
+
+    Words that a setting knows may be written in capitals.
+    """
     if _repeatable(field):
         given = [value] if isinstance(value, str) else value
         parts = [_at_home(part.strip()) for text in given for part in text.split(",")]
@@ -174,6 +177,8 @@ def _from_text(value: str | list[str], field: FieldInfo) -> object:
     optional = type(None) in typing.get_args(field.annotation)
     if optional and value.strip().lower() in ("", "none"):
         return None
+    if value.strip().lower() in _words(field):
+        return value.strip().lower()
     return value.strip() if _is_secret(field) else _at_home(value.strip())
 
 

@@ -204,7 +204,8 @@ def configure_logging(settings: Settings) -> None:
     if not settings.configure_logging:
         return
     if settings.log_config_file is not None:
-        config = _read_log_config(settings.log_config_file)
+        # Unless it says otherwise, those that are there already, most of the server's own, would fall silent.
+        config = {"disable_existing_loggers": False, **_read_log_config(settings.log_config_file)}
         try:
             logging.config.dictConfig(config)
         except (ValueError, TypeError, AttributeError, ImportError) as error:

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import socket
-import ssl
 import struct
 import termios
 import time
@@ -25,6 +24,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api import edge
+from app.api.tls import Certificate
 from app.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 LAST_SECONDS = 1.0
 """Of the grace period, kept for the answers of requests that were not done in time, and for the end itself."""
 TICK = 0.05
+TICKS = 10
+"""Of uvicorn's own, in a second."""
 MOST_PIPELINED = 64 * 1024
 """Bytes of further requests that are read while one is answered."""
 EVENTS_AT_A_TIME = 200
@@ -63,7 +65,7 @@ class Server(uvicorn.Server):
         stop: Callable[[float], None],
         hurry: Callable[[], None],
         grace_period: float,
-        certificate: ssl.SSLContext | None = None,
+        certificate: Certificate | None = None,
         handshake_timeout: float = 30.0,
     ) -> None:
         super().__init__(config)
@@ -102,6 +104,11 @@ class Server(uvicorn.Server):
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
         return connection
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._certificate is not None and counter % TICKS == 0:
+            self._certificate.renew()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         patience = max(self._grace_period - LAST_SECONDS, self._grace_period / 2)

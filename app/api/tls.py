@@ -1,4 +1,4 @@
-"""HTTPS: reads the server's certificate, and says what is wrong with it before anything else starts."""
+"""HTTPS: reads the server's certificate, says what is wrong with it before anything else starts, and renews it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import ssl
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Never
 
@@ -39,9 +40,16 @@ class OneSided(ssl.SSLObject):
 
 
 class Certificate(ssl.SSLContext):
-    """The server's certificate, for connections that end as `OneSided` says."""
+    """The server's certificate, for connections that end as `OneSided` says.
+
+    Attributes:
+        files: it and its key.
+    """
 
     sslobject_class = OneSided
+    files: tuple[Path, Path]
+    _seen: object = None
+    _taken: object = None
 
     def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *rest: Any, **named: Any) -> ssl.SSLObject:
         connection = super().wrap_bio(incoming, outgoing, *rest, **named)
@@ -49,8 +57,37 @@ class Certificate(ssl.SSLContext):
         connection.unsent = outgoing
         return connection
 
+    def renew(self) -> None:
+        """Take the files anew if they have changed since the last but one call, for connections from now on.
 
-def read_certificate(certfile: Path, keyfile: Path) -> ssl.SSLContext:
+        What cannot be used is told in the log, and changes nothing.
+        """
+        stamp = _stamp(self.files)
+        is_settled, self._seen = stamp == self._seen, stamp
+        if not is_settled or stamp == self._taken:  # one of the two may still be on its way
+            return
+        self._taken = stamp
+        certfile, keyfile = self.files
+        try:
+            read_certificate(certfile, keyfile)  # by itself first: with a key that does not fit, none would be left
+            self.load_cert_chain(certfile, keyfile)
+        except (InvalidSettings, OSError) as error:
+            logger.error("a new certificate is not taken, and clients get the one before: %s", error)
+        else:
+            logger.info("took the new certificate in %s", certfile)
+
+
+def _stamp(files: Iterable[Path]) -> object:
+    """What changes with what is in the files."""
+    stamps = []
+    for path in files:
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
+    return stamps
+
+
+def read_certificate(certfile: Path, keyfile: Path) -> Certificate:
     """What to serve HTTPS with.
 
     Raises:
@@ -68,8 +105,10 @@ def read_certificate(certfile: Path, keyfile: Path) -> ssl.SSLContext:
         # Otherwise OpenSSL asks at the terminal.
         raise InvalidSettings(f"--ssl_keyfile is {keyfile}, which asks for a password; name a key without one.")
 
+    stamp = _stamp((certfile, keyfile))
     _check_certificate(certfile)
     context = Certificate(ssl.PROTOCOL_TLS_SERVER)
+    context.files, context._seen, context._taken = (certfile, keyfile), stamp, stamp
     try:
         context.load_cert_chain(certfile, keyfile, locked)
     except ssl.SSLError as error:

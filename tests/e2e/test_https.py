@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
+import shutil
 import socket
 import ssl
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from tests.certificates import make_certificate
 from tests.e2e.conftest import Server, health, running_server
+from tests.waiting import until
 
 HEADER_SECONDS = 2
 
@@ -130,6 +132,20 @@ def test_who_speaks_no_https_is_left_and_others_are_answered(https_server: Serve
     with pytest.raises(httpx.TransportError):
         httpx.get(https_server.url.replace("https", "http"))
     assert httpx.get(f"{https_server.url}/v2", verify=https_server.verify).status_code == 200
+
+
+def test_a_renewed_certificate_is_shown_to_who_comes_next(https_server: Server, tmp_path: Path) -> None:
+    address = ("127.0.0.1", int(https_server.host.rpartition(":")[2]))
+    command = https_server.process.args
+    assert isinstance(command, list)
+    new = make_certificate(tmp_path)
+    for flag, path in zip(("--ssl_certfile", "--ssl_keyfile"), new, strict=True):
+        shutil.copy(path, command[command.index(flag) + 1])
+    expected = new[0].read_text()
+    until(lambda: ssl.get_server_certificate(address) == expected, seconds=30)
+    with httpx.Client(base_url=https_server.url, verify=ssl.create_default_context(cafile=new[0])) as client:
+        assert client.get("/v2").status_code == 200
+    https_server.verify = ssl.create_default_context(cafile=new[0])
 
 
 def test_sigterm_ends_it_although_connections_are_idle(https_server: Server) -> None:

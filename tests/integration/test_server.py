@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ import uvicorn
 from app.api import server
 from app.api.server import Connection, Server
 from app.engine.family import Family
+from app.errors import InvalidSettings
 from app.main import _listen, _make_server, create_app
 from app.settings import Settings
 from tests.fakes import Gated, Instant
@@ -210,3 +213,17 @@ def test_every_setting_of_connections_reaches_them() -> None:
     assert (made.config.timeout_keep_alive, made.config.loop) == (7, "asyncio")
     assert made.config.http.keywords == {"timeout": 3.0}
     assert (made._handshake_timeout, made._grace_period) == (3.0, 2.0)
+
+
+def test_an_event_loop_that_is_not_installed_is_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InvalidSettings, match="--event_loop is 'uvloop', which is not installed here"):
+        _make_server(Settings(event_loop="uvloop"), None)
+    _make_server(Settings(event_loop="auto"), None)
+
+
+def test_what_others_say_about_workers_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As platforms set it for other servers, sometimes to no number."""
+    monkeypatch.setenv("WEB_CONCURRENCY", "auto")
+    assert _make_server(Settings(), None)[0].config.workers == 1

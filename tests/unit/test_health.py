@@ -26,7 +26,7 @@ from app.health import ask, local_url, main
         ("9002", {}, "KSERVE_TLS_CERT_FILE=/tls.crt", "https://127.0.0.1:9002"),
         (None, {"SSL_CERTFILE": "none"}, "SSL_CERTFILE=/tls.crt", "http://127.0.0.1:8080"),
         (None, {"SSL_CERTFILE": "", "KSERVE_TLS_CERT_FILE": "/tls.crt"}, "", "https://127.0.0.1:8443"),
-        (None, {"SSL_CERTFILE": ""}, "SSL_CERTFILE=/tls.crt", "http://127.0.0.1:8080"),
+        (None, {"SSL_CERTFILE": ""}, "SSL_CERTFILE=/tls.crt", "https://127.0.0.1:8443"),
         (None, {"HTTP_PORT": "tcp://10.0.0.1:80"}, "HTTP_PORT=9000", "http://127.0.0.1:9000"),
     ],
 )

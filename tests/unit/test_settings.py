@@ -77,6 +77,27 @@ def test_help_does_not_wait_for_the_env_file_to_be_mended(tmp_path: Path, capsys
     assert "--api_key" in capsys.readouterr().out
 
 
+def test_what_is_left_empty_is_not_given_there(tmp_path: Path) -> None:
+    """As templates leave what nobody filled in: neither an error, nor the end of the key that another source has."""
+    empty = {name.upper(): "" for name in Settings.model_fields} | {"HF_TOKEN": " ", "KSERVE_TLS_CERT_FILE": ""}
+    assert load(env=empty) == Settings()
+    env_file = tmp_path / ".env"
+    env_file.write_text("API_KEY=secret\nMAX_STEPS=7\nMODEL_NAME=\nHF_TOKEN=hf_abc\n")
+    settings = load(env=empty, env_file=env_file)
+    assert settings.api_key is not None and settings.api_key.get_secret_value() == "secret"
+    assert settings.huggingface_token is not None and settings.huggingface_token.get_secret_value() == "hf_abc"
+    assert (settings.max_steps, settings.model_name) == (7, "model")
+    assert load(env=empty | {"API_KEY": "none"}, env_file=env_file).api_key is None
+
+
+def test_words_may_be_in_capitals() -> None:
+    settings = load("--model_type=FLUX", env={"LOG_LEVEL": "INFO", "LOG_FORMAT": "Json", "DEVICE": "CUDA:1"})
+    assert (settings.model_type, settings.log_level, settings.log_format) == ("flux", "info", "json")
+    assert settings.device == "cuda:1"
+    assert load(env={"REPLICAS": "AUTO", "MODEL_NAME": "SDXL"}).replicas == "auto"
+    assert load(env={"MODEL_NAME": "SDXL"}).model_name == "SDXL"
+
+
 # --- Several values --------------------------------------------------------------------------------------------
 
 

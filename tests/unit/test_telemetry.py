@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,21 @@ def test_every_line_carries_the_request_id_and_its_fields(root_logger: logging.L
         assert (entry["message"], entry["request_id"], entry["images"], entry["level"]) == ("painted", "abc", 2, "info")
     else:
         assert "[abc] painted images=2" in line
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_a_logging_configuration_silences_who_is_there_already_only_where_it_says_so(tmp_path: Path) -> None:
+    """Python's own default is that it always does."""
+    path, early = tmp_path / "log.json", logging.getLogger("app.early")
+    every = [logger for logger in logging.Logger.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    try:
+        for extra, silenced in (({}, False), ({"disable_existing_loggers": True}, True)):
+            path.write_text(json.dumps({"version": 1, "root": {"level": "INFO"}, **extra}))
+            configure_logging(Settings(log_config_file=path))
+            assert early.disabled is silenced
+    finally:
+        for logger in every:
+            logger.disabled = False
 
 
 def test_the_access_log_is_written_as_asked(caplog: pytest.LogCaptureFixture) -> None:

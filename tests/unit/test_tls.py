@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+import shutil
+import ssl
 import time
 from pathlib import Path
 
 import pytest
 
-from app.api.tls import read_certificate
+from app.api.tls import Certificate, read_certificate
 from app.errors import InvalidSettings
 from app.main import main
 from app.settings_sources import load_settings
@@ -121,6 +125,43 @@ def test_certificates_in_the_wrong_order_are_told_how_they_belong(pair: tuple[Pa
 def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
     certificate, key = make_certificate(tmp_path, "-passout", "pass:open-sesame")
     assert f"--ssl_keyfile is {key}, which asks for a password" in complaint(certificate, key)
+
+
+def shown(context: Certificate) -> str:
+    """The certificate that a new connection gets to see."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs, ours = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    for side in (theirs, ours) * 3:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return ssl.DER_cert_to_PEM_cert(theirs.getpeercert(binary_form=True) or b"")
+
+
+def test_a_certificate_that_is_renewed_is_taken_once_both_files_are_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (certificate, key), (new, new_key) = make_certificate(tmp_path / "now"), make_certificate(tmp_path / "next")
+    context = read_certificate(certificate, key)
+    first, second = certificate.read_text(), new.read_text()
+    shutil.copy(new, certificate)
+    context.renew()
+    assert shown(context) == first and not caplog.messages, "its key may be on its way"
+    for _ in range(3):
+        context.renew()
+    assert shown(context) == first
+    (told,) = caplog.messages
+    assert told.startswith("a new certificate is not taken") and "not the key of the first certificate" in told
+    shutil.copy(new_key, key)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            context.renew()
+    assert shown(context) == second and caplog.messages[1:] == [f"took the new certificate in {certificate}"]
+    certificate.unlink()
+    for _ in range(3):
+        context.renew()
+    assert shown(context) == second and len(caplog.messages) == 3
 
 
 def test_the_server_ends_with_2_before_it_loads_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
