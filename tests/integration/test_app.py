@@ -365,6 +365,21 @@ async def test_the_access_log_writes_paths_as_they_were_asked_for_and_nothing_el
     assert caplog.messages[-2:] == ["GET /v1/models/m:predict HTTP/1.1 405", "GET /v2/%0AGET%20/forged HTTP/1.1 404"]
 
 
+async def test_the_access_log_writes_no_line_that_a_proxy_s_word_for_the_client_forges(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forged = '9.9.9.9 "GET /v2 HTTP/1.1" 200\n\x1b[31m'
+    async with running(Instant, access_log_format='%(h)s "%(r)s" %(s)s') as client:
+        transport: Any = client._transport
+        with caplog.at_level(logging.INFO, "app.access"):
+            for address in (forged, "fe80::1%eth0", "10.0.0.7"):
+                transport.client = (address, 1)
+                await client.get("/v2/health/live")
+    first, *others = caplog.messages[-3:]
+    assert first == '9.9.9.9%20%22GET%20%2Fv2%20HTTP%2F1.1%22%20200%0A%1B%5B31m "GET /v2/health/live HTTP/1.1" 200'
+    assert others == [f'{client} "GET /v2/health/live HTTP/1.1" 200' for client in ("fe80::1%eth0", "10.0.0.7")]
+
+
 async def test_what_has_no_effect_in_protocol_v1_is_told_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
     instance = {"prompt": "a secret wish", "denoising_limit": 0.8}
     async with running(Warns) as client:
