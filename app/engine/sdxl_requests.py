@@ -166,7 +166,9 @@ class SdxlRequests:
         if request.sigmas and request.sigmas[-1] > 0:
             sentences.append(f"sigmas end with {request.sigmas[-1]:g} and not 0, so that the picture keeps this noise.")
         if not self.steps(request):
-            what = "noise" if request.image is None else "the image with noise on it"
+            # Inpainting in full begins with nothing else.
+            is_noise = request.image is None or (request.mask_image is not None and request.strength == 1)
+            what = "noise" if is_noise else "the image with noise on it"
             sentences.append(f"denoising_end leaves no step to do, so that the picture is {what}.")
         return tuple(sentences)
 

@@ -15,7 +15,7 @@ from app.engine.scheduler_names import NAMES
 from app.engine.sdxl import SdxlFamily
 from app.errors import GenerationFailed, InvalidRequest, OutOfMemory
 from app.generation import GenerateRequest
-from tests.integration.stock import check_idle, ours, picture, resolved, theirs
+from tests.integration.stock import check_idle, mask, ours, picture, resolved, theirs
 
 PROMPT = "a small red star on a white background"
 
@@ -314,6 +314,16 @@ def test_what_has_an_effect_is_not_warned_of(family: SdxlFamily, parameters: dic
         (
             {"image": picture(), "strength": 0.3, "denoising_end": 0.5, "num_inference_steps": 5},
             "no step to do, so that the picture is the image with noise on it",
+        ),
+        (
+            {
+                "image": picture(),
+                "mask_image": mask(),
+                "strength": 1.0,
+                "denoising_end": 0.01,
+                "num_inference_steps": 4,
+            },
+            "no step to do, so that the picture is noise",
         ),
     ],
 )
