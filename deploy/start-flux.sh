@@ -5,7 +5,7 @@
 #   HF_TOKEN=... IMAGE=sdxl-runtime:0.1.0 deploy/start-flux.sh
 set -eu
 # shellcheck source=deploy/start.sh
-. "$(dirname "$0")/start.sh"
+. "$(dirname "$(readlink -f "$0")")/start.sh"
 
 # The image asks the hub for nothing unless told to.
 HF_HUB_OFFLINE=0

@@ -6,7 +6,7 @@
 #   IMAGE=sdxl-runtime:0.1.0 MODELS=/data/models deploy/start-refiner.sh --device cuda
 set -eu
 # shellcheck source=deploy/start.sh
-. "$(dirname "$0")/start.sh"
+. "$(dirname "$(readlink -f "$0")")/start.sh"
 
 run --model_name sdxl \
     --single_file_model "$models/sd_xl_base_1.0.safetensors" \

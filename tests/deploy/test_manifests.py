@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import ipaddress
 import os
 import re
 import subprocess
@@ -39,6 +40,9 @@ COMPOSED = [
     *[(service, "keda") for service in ("services/flux", "services/sdxl-refiner", "services/sdxl-oci")],
     *[(service, "knative") for service in ("services/flux", "services/demo", "services/sdxl-8gb")],
     ("services/sdxl-hf", "keda", "network-policy"),
+    ("storage", "fs-group"),
+    ("services/sdxl", "fs-group"),
+    ("services/sdxl", "knative", "fs-group"),
     ("runtime/base", "writable-root"),
     ("runtime/cluster", "writable-root"),
 ]
@@ -319,11 +323,43 @@ def test_what_stands_beside_the_server_is_let_through() -> None:
     assert {8012, 9090, 9091} <= ports(policy, "ingress")
     # The proxy of OpenShift AI's token authentication, and the API server that it asks.
     assert 8443 in ports(policy, "ingress") and 6443 in ports(policy, "egress")
-    (selector,) = [
-        each["namespaceSelector"] for each in policy["spec"]["ingress"][0]["from"] if "podSelector" not in each
+    (names,) = [
+        expression["values"]
+        for each in policy["spec"]["ingress"][0]["from"]
+        for expression in each.get("namespaceSelector", {}).get("matchExpressions", [])
     ]
-    (names,) = [each["values"] for each in selector["matchExpressions"]]
     assert {"kourier-system", "knative-serving-ingress"} <= set(names) and names == sorted(names)
+
+
+def test_a_router_on_the_host_network_is_let_through() -> None:
+    """OVN-Kubernetes knows the host network by its namespace, and no longer where a podSelector stands beside it.
+
+    Source: useNamespaceAddrSet in its go-controller/pkg/ovn/base_network_controller_policy.go.
+    """
+    policy = read("components/network-policy/networkpolicy.yaml")
+    label = {"policy-group.network.openshift.io/host-network": ""}
+    assert {"namespaceSelector": {"matchLabels": label}} in policy["spec"]["ingress"][0]["from"]
+
+
+def test_what_is_let_out_is_let_out_over_ipv6_too_but_never_to_the_clouds_metadata() -> None:
+    """Source: the clouds' documentation of their instance metadata services."""
+    metadata = ["169.254.169.254", "fe80::a9fe:a9fe", "fd00:c1::a9fe:a9fe", "fd00:ec2::254", "fd20:ce::254"]
+    policy = read("components/network-policy/networkpolicy.yaml")
+    rules = [rule for rule in policy["spec"]["egress"] if any("ipBlock" in each for each in rule["to"])]
+    assert {each["port"] for rule in rules for each in rule["ports"]} == {443, 6443}
+    for rule in rules:
+        blocks = {
+            ipaddress.ip_network(each["ipBlock"]["cidr"]): [
+                ipaddress.ip_network(excluded) for excluded in each["ipBlock"]["except"]
+            ]
+            for each in rule["to"]
+        }
+        assert [str(each) for each in blocks] == ["0.0.0.0/0", "::/0"]
+        for block, excluded in blocks.items():
+            # A cluster refuses an exception from what is not in the block.
+            assert {each.version for each in excluded} == {block.version}
+        for address in map(ipaddress.ip_address, metadata):
+            assert any(address in each for excluded in blocks.values() for each in excluded), address
 
 
 def test_a_monitor_with_the_servers_key_is_valid() -> None:
@@ -369,6 +405,22 @@ def test_writable_root_changes_nothing_else(tmp_path: Path) -> None:
     assert context["readOnlyRootFilesystem"] is False
     context["readOnlyRootFilesystem"] = True
     assert changed == render("runtime/base")[0]
+
+
+def test_a_volume_is_given_to_a_group_only_where_the_component_says_so(tmp_path: Path) -> None:
+    """OpenShift chooses the group, and refuses another."""
+    for overlay in OVERLAYS:
+        assert not any(path[-1] == "fsGroup" for each in render(overlay) for path in keys(each)), overlay
+    for overlay, kind, where in (
+        ("storage", "Job", ("spec", "template", "spec")),
+        ("services/sdxl", "InferenceService", ("spec", "predictor")),
+    ):
+        changed = compose(tmp_path, overlay, "fs-group")
+        pod = functools.reduce(lambda inner, key: inner[key], where, of_kind(changed, kind))
+        # With the group of the image's user, whose own group 0 some clusters' policies do not let volumes have.
+        assert pod["securityContext"].pop("fsGroup") == 1001
+        assert pod["securityContext"].pop("fsGroupChangePolicy") == "OnRootMismatch"
+        assert changed == render(overlay)
 
 
 def test_an_image_of_one_own_is_one_line(tmp_path: Path) -> None:

@@ -37,6 +37,22 @@ def test_every_service_is_told_of() -> None:
     assert told == {path.parent.name for path in DEPLOY.glob("services/*/kustomization.yaml")} - {"base"}
 
 
+def test_every_component_is_told_of() -> None:
+    (line,) = re.findall(r"^\| `components/` \|(.*)$", README, re.MULTILINE)
+    assert re.findall(r"`(.*?)`", line) == sorted(
+        path.parent.name for path in DEPLOY.glob("components/*/kustomization.yaml")
+    )
+
+
+def test_the_env_file_is_looked_for_where_the_image_works() -> None:
+    """And where the older runtime's image had it, so that who comes from there finds the sentence."""
+    *_, folder = re.findall(r"^WORKDIR (\S+)$", (ROOT / "Containerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"`\.env` in `/opt/app-root/src`;\s+this\s+one reads it in `{folder}`", README)
+    for name in ("start.sh", "env.example"):
+        assert f"{folder}/.env" in (DEPLOY / name).read_text(encoding="utf-8"), name
+    assert "has mode 640" in (DEPLOY / "env.example").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", [README, SCALING], ids=["README", "scaling"])
 def test_every_path_that_is_named_exists(page: str) -> None:
     for path in re.findall(r"(?<![\w./-])deploy/[\w./-]+", page):

@@ -35,18 +35,25 @@ def programs(tmp_path: Path) -> Path:
     return folder
 
 
-def start(script: Path, programs: Path, *flags: str, **environment: str) -> list[str]:
-    """The command that a script comes to."""
-    folder = programs.parent
-    (folder / "models").mkdir(exist_ok=True)
-    result = subprocess.run(
+def started(
+    script: Path, programs: Path, *flags: str, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """What a script does in a folder, by default the one that has the folder of programs."""
+    return subprocess.run(
         [str(script), *flags],
-        cwd=folder,
+        cwd=cwd or programs.parent,
         env={"PATH": f"{programs}:{os.environ['PATH']}"} | environment,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+
+
+def start(script: Path, programs: Path, *flags: str, **environment: str) -> list[str]:
+    """The command that a script comes to, where a folder models is beside it."""
+    (programs.parent / "models").mkdir(exist_ok=True)
+    result = started(script, programs, *flags, cwd=None, **environment)
+    assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
@@ -81,13 +88,18 @@ def test_the_server_takes_its_flags(script: Path, programs: Path) -> None:
 
 
 def started_without_a_path(folder: Path) -> subprocess.CompletedProcess[str]:
-    """A script in a copy of the checkout, where nothing is on the PATH but what the script itself needs."""
-    dirname = shutil.which("dirname")
-    assert dirname is not None
+    """A script in a copy of the checkout, where nothing is on the PATH but what the script itself needs.
+
+    Called by a link, as from a folder of one's own programs.
+    """
     (folder / "path").mkdir()
-    (folder / "path/dirname").symlink_to(dirname)
+    for name in ("dirname", "readlink"):
+        program = shutil.which(name)
+        assert program is not None
+        (folder / "path" / name).symlink_to(program)
     shutil.copytree(DEPLOY, folder / "checkout/deploy")
-    script = folder / "checkout/deploy/start-base.sh"
+    script = folder / "start sdxl"
+    script.symlink_to("checkout/deploy/start-base.sh")
     environment = {"PATH": str(folder / "path")}
     return subprocess.run([str(script)], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -131,17 +143,72 @@ def test_with_an_image_podman_gets_the_same_flags(script: Path, programs: Path) 
 
 
 def test_what_is_not_there_is_not_mounted(programs: Path) -> None:
-    script = DEPLOY / "start-base.sh"
-    without = start(script, programs, IMAGE=IMAGE, GPU="none", MODELS="/nonexistent")
-    assert not any("gpu" in each or ":/mnt/models" in each or ".env" in each for each in without)
+    without = started(DEPLOY / "start-flux.sh", programs, IMAGE=IMAGE, GPU="none")
+    assert (without.returncode, without.stderr) == (0, "")
+    assert not any(each in without.stdout for each in ("gpu", ":/mnt/models", ".env"))
     (programs.parent / ".env").write_text("MAX_STEPS=10\n", encoding="utf-8")
-    assert any(each.endswith("/.env:/etc/sdxl-runtime/.env:ro,Z") for each in start(script, programs, IMAGE=IMAGE))
+    with_it = start(DEPLOY / "start-base.sh", programs, IMAGE=IMAGE)
+    assert f"{programs.parent}/.env:/etc/sdxl-runtime/.env:ro,Z" in with_it
 
 
 def test_a_folder_is_mounted_as_one_wherever_it_is_named_from(programs: Path) -> None:
     """podman takes a path that is not absolute for the name of a volume, and makes an empty one."""
-    arguments = start(DEPLOY / "start-base.sh", programs, IMAGE=IMAGE, MODELS="models")
-    assert f"{programs.parent}/models:/mnt/models:ro,Z" in arguments
+    (programs.parent / "my models").mkdir()
+    arguments = start(DEPLOY / "start-base.sh", programs, IMAGE=IMAGE, MODELS="my models")
+    assert f"{programs.parent}/my models:/mnt/models:ro,Z" in arguments
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_folder_that_is_not_there_is_named_at_once(script: Path, programs: Path) -> None:
+    """The server in the container would wait a minute for it, and then speak of /mnt/models."""
+    result = started(script, programs, IMAGE=IMAGE, MODELS="modles")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"MODELS names a folder that is not there: {programs.parent}/modles\n"
+
+
+def test_without_the_usual_folder_who_serves_something_else_from_an_image_is_served(programs: Path) -> None:
+    flags = ("--single_file_model", "none", "--model_id", "demo")
+    result = started(DEPLOY / "start-base.sh", programs, *flags, IMAGE=IMAGE)
+    assert result.returncode == 0 and result.stdout.splitlines()[-4:] == list(flags)
+    missing = f"{programs.parent}/models"
+    assert result.stderr == f"There is no {missing} to mount as /mnt/models; name another folder as MODELS.\n"
+
+
+def test_a_path_with_a_colon_is_refused_only_where_podman_would_part_it(programs: Path) -> None:
+    folder = programs.parent / "16:9"
+    (folder / "models").mkdir(parents=True)
+    (folder / ".env").touch()
+    script = DEPLOY / "start-base.sh"
+    models = started(script, programs, IMAGE=IMAGE, MODELS="16:9/models")
+    env_file = started(script, programs, cwd=folder, IMAGE=IMAGE)
+    for result, path in ((models, folder / "models"), (env_file, folder / ".env")):
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"podman cannot mount a path with a colon in it: {path}\n"
+    _, *flags = start(script, programs, MODELS="16:9/models")
+    assert settings_of(flags).single_file_model == folder / "models/sd_xl_base_1.0.safetensors"
+
+
+@pytest.mark.parametrize(("mode", "said"), [(0o600, True), (0o640, False), (0o644, False)], ids=["600", "640", "644"])
+def test_an_env_file_that_the_container_cannot_read_is_told_of(programs: Path, mode: int, said: bool) -> None:
+    (programs.parent / "mine").touch(mode)
+    (programs.parent / "mine").chmod(mode)
+    (programs.parent / ".env").symlink_to("mine")
+    script = DEPLOY / "start-base.sh"
+    (programs.parent / "models").mkdir()
+    result = started(script, programs, IMAGE=IMAGE)
+    assert result.returncode == 0 and "/.env:/etc/sdxl-runtime/.env" in result.stdout
+    sentence = "The container's user may not read .env; chmod g+r .env lets it.\n"
+    assert result.stderr == (sentence if said else "")
+    assert started(script, programs).stderr == "", "the server of this machine runs as its caller"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_link_to_a_script_is_as_good(script: Path, programs: Path) -> None:
+    first, second = programs / "one", programs / "another"
+    first.symlink_to(os.path.relpath(script, programs))
+    second.symlink_to(first.name)
+    for environment in ({}, {"IMAGE": IMAGE}):
+        assert start(second, programs, **environment) == start(script, programs, **environment)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
