@@ -35,12 +35,14 @@ from app.engine.ranks import Ranks, check_settings, find_ranks
 from app.engine.repository import Model, Repository, State
 from app.errors import (
     DeviceLost,
+    GenerationFailed,
     InvalidRequest,
     InvalidSettings,
     ModelLoadFailed,
     OutOfMemory,
     RuntimeFault,
     StartupError,
+    first_line,
 )
 from app.generation import GenerateRequest
 from app.health import in_url
@@ -57,6 +59,11 @@ DEVICE_LOST = 3
 """Exit code of a process that only a new one can replace."""
 OF_LIBRARIES = re.compile("(HF|HUGGINGFACE_HUB|MKL|OMP|SSL_CERT|TRITON)_.+|HTTPS?_PROXY")
 """Variables that look like misspelt settings, and are none."""
+OF_THE_MODEL = (
+    *(GenerationFailed, InvalidRequest),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError),
+)
+"""What is raised where weights and configurations do not go together, while the device and the libraries are whole."""
 
 
 def create_app(
@@ -410,7 +417,28 @@ def _serve(
     if isinstance(failures[0], DeviceLost):
         surroundings.tell(str(failures[0]), settings.termination_log)
         return DEVICE_LOST
-    if not isinstance(failures[0], StartupError):
+    if not isinstance(failures[0], RuntimeFault):
         logger.critical("the model could not be loaded", exc_info=failures[0])
-    surroundings.tell(str(failures[0]), settings.termination_log)
+    surroundings.tell(_why(failures[0], settings), settings.termination_log)
     return 1
+
+
+def _why(error: BaseException, settings: Settings) -> str:
+    """Why the model cannot be served, in one sentence about the model.
+
+    What a damaged model raises on its way to the first picture speaks to programmers, or to callers who asked for one.
+    """
+    # What torch raises is that error itself; its subclasses are about memory, the device and other processes.
+    of_the_model = isinstance(error, OF_THE_MODEL) or type(error) is RuntimeError
+    if isinstance(error, OutOfMemory) or not of_the_model:
+        return str(error)
+    said = first_line(error)
+    # What callers may do about it follows a semicolon.
+    said = said.partition(";")[0] if isinstance(error, RuntimeFault) else f"{type(error).__name__}: {said}"
+    model = str(settings.single_file_model or settings.model_id)
+    if settings.use_refiner:
+        model += f" with the refiner {settings.refiner_single_file_model or settings.refiner_id or 'of the demo'}"
+    return (
+        f"{model} cannot paint a picture: its weights or its configuration are probably damaged, or of a kind that is "
+        f"not served ({said}); download it again, or try another --dtype or model."
+    )

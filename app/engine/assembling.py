@@ -87,6 +87,9 @@ def assemble(
     with timeline.phase("read"), ONE_AT_A_TIME:
         components = _load_base(base, rest, numbers, progress)
         others = {} if refiner is None else _load_refiner(refiner, base, components, numbers, progress)
+        for source, loaded in ((rest or base, components), (refiner, others)):
+            if source is not None:
+                loading.check_tokenizers(source.path if isinstance(source, ModelFolder) else source.config, loaded)
     pipeline = _make_base(base, components)
     second = None if refiner is None else _make_refiner(refiner, others)
     # Before parts are offloaded or quantized: the hooks that do so have to see the adapters' layers.

@@ -34,11 +34,13 @@ class Checkpoint:
         path: of the file.
         shapes: of every tensor, by name.
         size: of the file in bytes.
+        integers: names of the tensors that hold whole numbers.
     """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     size: int
+    integers: frozenset[str] = frozenset()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -63,7 +65,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ModelLoadFailed(
             f"{path} cannot be read ({error.strerror}); give the user of this server the right to read it."
         ) from None
-    return Checkpoint(path, _shapes(path, header, size), size)
+    return _read_entries(path, header, size)
 
 
 def check_suffix(path: Path) -> None:
@@ -120,11 +122,12 @@ def _describe(start: bytes, length: int, size: int) -> str:
     return f"is no safetensors file: its header cannot be read; {AGAIN}"
 
 
-def _shapes(path: Path, header: bytes, size: int) -> dict[str, tuple[int, ...]]:
+def _read_entries(path: Path, header: bytes, size: int) -> Checkpoint:
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
         shapes = {name: tuple(int(side) for side in entry["shape"]) for name, entry in entries.items()}
+        integers = frozenset(name for name, entry in entries.items() if entry["dtype"].startswith(("I", "U")))
         ranges = sorted(
             (int(start), int(end), BITS.get(entry["dtype"], 0) * math.prod(shapes[name]))
             for name, entry in entries.items()
@@ -143,4 +146,4 @@ def _shapes(path: Path, header: bytes, size: int) -> dict[str, tuple[int, ...]]:
         raise ModelLoadFailed(f"{path} is {what}: it has {size} bytes and should have {whole}; {AGAIN}.")
     if not ranges:
         raise ModelLoadFailed(f"{path} holds no tensor; {AGAIN}.")
-    return shapes
+    return Checkpoint(path, shapes, size, integers)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from app.engine.checkpoints import AGAIN, PICKLES, SUFFIX, read_checkpoint
+from app.engine.checkpoints import AGAIN, PICKLES, SUFFIX, Checkpoint, read_checkpoint
 from app.errors import ModelLoadFailed, first_line
 
 logger = logging.getLogger(__name__)
@@ -215,9 +215,11 @@ def _component(folder: Path, name: str, kind: Kind, index: Mapping[str, Any]) ->
         raise ModelLoadFailed(f"{folder / INDEX} names no {name}, which {NAMES[kind]} needs; {AGAIN}.")
     library, class_name = index[name]
     allowed = CLASSES[kind][name]
+    served = " or ".join(allowed) or "diffusers' schedulers"
     fits = class_name in allowed if allowed else class_name.endswith("Scheduler")
+    if name == "scheduler" and kind is not Kind.FLUX and class_name.startswith("FlowMatch"):
+        fits, served = False, f"{served}, but for SDXL none of flow matching"
     if library not in ("diffusers", "transformers") or not fits:
-        served = " or ".join(allowed) or "diffusers' schedulers"
         raise ModelLoadFailed(f"{folder / INDEX} names {library}.{class_name} as {name}; served are {served}.")
     return Component(name, folder / name, library, class_name)
 
@@ -233,12 +235,45 @@ def _check_configuration(component: Component) -> None:
     if component.name.startswith("tokenizer"):
         if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
             raise ModelLoadFailed(f"{folder} has no vocabulary (such as tokenizer.json); download the whole model.")
+        if component.class_name in CLIP_TOKENIZERS:
+            check_clip_tokenizer(folder)
         return
     name = "scheduler_config.json" if component.name == "scheduler" else "config.json"
     try:
         read_json(folder / name)
     except FileNotFoundError:
         raise ModelLoadFailed(f"{folder / name} does not exist; download the whole model.") from None
+
+
+def check_clip_tokenizer(folder: Path) -> None:
+    """Whether a folder with CLIP's tokenizer has all of it.
+
+    Without its configuration it has no longest text. With a part of ``merges.txt`` it spells out the words whose merges
+    are gone, which nothing refuses, and the pictures are of something else.
+
+    Raises:
+        ModelLoadFailed: a file is missing, or a part of one.
+    """
+    try:
+        read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer.json").is_file():
+            return  # the one that is read, and a part of it would be no JSON
+        vocabulary = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError as error:
+        raise ModelLoadFailed(f"{error.filename} does not exist; download the whole model.") from None
+    rest = vocabulary.keys() - {line.strip().replace(" ", "") for line in lines}
+    unmade = [token for token in rest if len(token.removesuffix("</w>")) > 1 and not _is_special(token)]
+    if unmade:
+        raise ModelLoadFailed(
+            f"{folder / 'merges.txt'} is cut off, or another vocabulary's: it lacks the merges of {len(unmade)} "
+            f"tokens in vocab.json, such as {min(unmade)!r}; {AGAIN}."
+        )
+
+
+def _is_special(token: str) -> bool:
+    """Such as ``<|endoftext|>`` or ``[PAD]``, which no text is merged into."""
+    return token.startswith(("<", "[")) and token.endswith((">", "]")) and not token.endswith("</w>")
 
 
 # --- Files of weights ------------------------------------------------------------------------------------------
@@ -271,14 +306,29 @@ def _with_weights(component: Component, variant: str | None) -> Component:
         variant = "fp16" if _exists(component, "fp16") else None
     name, index_name = weight_names(component.library, variant)
     single, index = component.folder / name, component.folder / index_name
-    if single.is_symlink() or single.exists():
-        files: tuple[Path, ...] = (single,)
-    elif index.is_file():
+    whole = single.is_symlink() or single.exists()
+    # Where there are both, diffusers reads the shards and transformers the whole file.
+    if index.is_file() and (component.library == "diffusers" or not whole):
         files = _shards(index)
+    elif whole:
+        files = (single,)
     else:
         raise ModelLoadFailed(_no_weights(component, name))
-    size = sum(read_checkpoint(file).size for file in files)
-    return replace(component, weights=files, variant=variant, size=size)
+    checkpoints = [read_checkpoint(file) for file in files]
+    if not read_json(component.folder / "config.json").get("quantization_config"):
+        for checkpoint in checkpoints:
+            _refuse_integers(checkpoint)
+    return replace(component, weights=files, variant=variant, size=sum(each.size for each in checkpoints))
+
+
+def _refuse_integers(checkpoint: Checkpoint) -> None:
+    """The libraries would take quantized weights for the weights themselves, without their scales."""
+    names = sorted(name for name in checkpoint.integers if name.endswith((".weight", ".bias")))
+    if names:
+        raise ModelLoadFailed(
+            f"{checkpoint.path} has {names[0]} in whole numbers, but its configuration says nothing of quantization; "
+            "take the model in 16 bits, perhaps with --quantization."
+        )
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

@@ -23,7 +23,7 @@ import transformers
 
 from app.engine import clip_vocabulary
 from app.engine.checkpoints import AGAIN
-from app.engine.folders import INDEX, Component, ModelFolder, read_json, read_options
+from app.engine.folders import INDEX, Component, ModelFolder, check_clip_tokenizer, read_json, read_options
 from app.errors import ModelLoadFailed, first_line
 from app.sentences import amount
 
@@ -129,8 +129,19 @@ def load_folder(
 
 
 def component_class(component: Component) -> Any:
-    """The class that a component is of; its library imports it by this."""
-    return getattr(LIBRARIES[component.library], component.class_name)
+    """The class that a component is of; its library imports it by this.
+
+    Raises:
+        ModelLoadFailed: it has no such class.
+    """
+    library = LIBRARIES[component.library]
+    cls = getattr(library, component.class_name, None)
+    if cls is None:
+        raise ModelLoadFailed(
+            f"{component.folder.parent / INDEX} names {component.library}.{component.class_name} as {component.name}, "
+            f"which {component.library} {library.__version__} does not have; {AGAIN}, or take another model."
+        )
+    return cls
 
 
 def _load_component(component: Component, numbers: Format) -> Any:
@@ -235,6 +246,36 @@ def told(where: str) -> Iterator[None]:
         raise ModelLoadFailed(f"{where} cannot be loaded: {said}.") from error
 
 
+def check_tokenizers(folder: Path, components: Mapping[str, Any]) -> None:
+    """Whether the text encoders know all tokens and lengths that their tokenizers give.
+
+    Else some text is a place outside a table; on a GPU that ends every request after it too.
+
+    Args:
+        folder: whose tokenizers they are, for the sentence.
+        components: by name.
+
+    Raises:
+        ModelLoadFailed: they do not.
+    """
+    for name, tokenizer in components.items():
+        if not name.startswith("tokenizer"):
+            continue
+        encoder = components[name.replace("tokenizer", "text_encoder")].config
+        last = max(tokenizer.get_vocab().values(), default=0)
+        if last >= encoder.vocab_size:
+            raise ModelLoadFailed(
+                f"{folder / name} has a token with the number {last}, but its text encoder knows those up to "
+                f"{encoder.vocab_size - 1}; {AGAIN}, or take the tokenizer that belongs to these weights."
+            )
+        longest = getattr(encoder, "max_position_embeddings", None)  # T5 has none
+        if longest is not None and tokenizer.model_max_length > longest:
+            raise ModelLoadFailed(
+                f"{folder / name / 'tokenizer_config.json'} must have a model_max_length of at most {longest} tokens, "
+                f"which is as far as its text encoder reads; {AGAIN}, or correct it."
+            )
+
+
 # --- What is shared --------------------------------------------------------------------------------------------
 
 
@@ -314,6 +355,7 @@ def make_clip_tokenizer(config: Path, name: str, flag: str, file: Path) -> Any:
     folder = config / name
     if any((folder / each).is_file() for each in ("tokenizer.json", "vocab.json")):
         with told(str(folder)):
+            check_clip_tokenizer(folder)
             return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     vocabulary = clip_vocabulary.find()
     if vocabulary is None:

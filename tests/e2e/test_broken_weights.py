@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app.engine.weights import DEMO_WEIGHTS
+from app.errors import InvalidRequest, ModelLoadFailed, OutOfMemory
+from app.main import _why
+from app.settings import Settings
 from tests.e2e.conftest import clean_environment
 from tests.e2e.test_command_line import failed, run
 
@@ -27,6 +31,10 @@ def serve(folder: Path, *arguments: str) -> Any:
     (folder / "sabotage" / "torch.py").write_text("import os\nos._exit(99)\n")
     path = os.pathsep.join([str(folder / "sabotage"), clean_environment()["PYTHONPATH"]])
     return run(folder, "--http_port", "0", *arguments, env={"PYTHONPATH": path})
+
+
+def change_json(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def truncate(path: Path, size: int) -> None:
@@ -78,6 +86,56 @@ def test_a_broken_single_file_is_told_in_one_sentence(
 ) -> None:
     make(tmp_path / name)
     failed(serve(tmp_path, "--single_file_model", name), f"{name} {says}")
+
+
+# --- What only painting shows ----------------------------------------------------------------------------------
+
+
+def fill_with_nan(path: Path) -> None:
+    save_file({name: torch.full_like(each, torch.nan) for name, each in load_file(path).items()}, path)
+
+
+def test_weights_that_are_no_numbers_are_told_about_the_model(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
+    fill_with_nan(tmp_path / "model/text_encoder/model.safetensors")
+    finished = run(tmp_path, "--http_port", "0", "--model_id", "model")
+    failed(finished, "model cannot paint a picture: its weights or its configuration are probably damaged")
+    # What a caller could have done about it is none of the reader's business.
+    assert "not finite)); download it again" in finished.stderr and "scheduler" not in finished.stderr
+
+
+def test_a_configuration_that_leads_nowhere_is_told_about_the_model_and_logged(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
+    change_json(tmp_path / "model/vae/config.json", scaling_factor=None)
+    (tmp_path / "log").touch()
+    finished = run(tmp_path, "--http_port", "0", "--model_id", "model", "--termination_log", "log")
+    assert finished.returncode == 1
+    assert "Traceback" in finished.stderr
+    sentence = (tmp_path / "log").read_text()
+    assert finished.stderr.endswith(f"sdxl-runtime: {sentence}\n")
+    assert sentence.startswith("model cannot paint a picture: its weights or its configuration are ")
+    assert "(TypeError: unsupported operand type(s) for /" in sentence
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModelLoadFailed("x.safetensors is empty."),
+        OutOfMemory("There is too little memory."),
+        ImportError("libcudart.so.13: cannot open shared object file"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.distributed.DistStoreError("wait timeout"),
+    ],
+    ids=repr,
+)
+def test_what_is_not_the_models_fault_keeps_its_own_words(error: Exception) -> None:
+    assert _why(error, Settings()) == str(error)
+
+
+def test_the_refiner_may_be_to_blame_too(tmp_path: Path) -> None:
+    settings = Settings(model_id="base", use_refiner=True, refiner_id="fine")
+    for error in (RuntimeError("mat1 and mat2"), InvalidRequest("No; ask again.")):
+        assert _why(error, settings).startswith("base with the refiner fine cannot paint a picture: ")
 
 
 def test_a_broken_refiner_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -164,6 +164,22 @@ def test_fp16_files_and_shards_are_read(
     assert np.array_equal(ours(load(model_id=str(tmp_path / "shards")), seed=2, **COMMON), expected)
 
 
+def test_of_shards_beside_a_whole_file_those_are_read_that_were_checked(model: Path) -> None:
+    for component, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        whole = load_file(model / component / f"{name}.safetensors")
+        shard = {each: tensor + 1 for each, tensor in whole.items()}
+        save_file(shard, model / component / "shard.safetensors", metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": dict.fromkeys(shard, "shard.safetensors")}
+        (model / component / f"{name}.safetensors.index.json").write_text(json.dumps(index))
+    folder = read_folder(model)
+    loaded = load_folder(folder, Format(torch.float32), Progress(lambda _: None, 0))
+    for component, name in (("unet", "conv_in.bias"), ("text_encoder", "final_layer_norm.bias")):
+        (file,) = folder.components[component].weights
+        read, checked = loaded[component].state_dict(), load_file(file)
+        (inside,) = [each for each in checked if each.endswith(name)]
+        assert torch.equal(read[next(each for each in read if each.endswith(name))], checked[inside])
+
+
 def test_files_that_are_read_side_by_side_are_read_whole(stock: StableDiffusionXLPipeline, tmp_path: Path) -> None:
     """In a process of its own, as diffusers decides when it is imported."""
     stock.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
@@ -376,6 +392,43 @@ def test_a_single_file_that_lacks_a_tensor_or_has_another_shape_is_told(
     shutil.copy(folders / "base.safetensors", tmp_path)
     change_tensors(file, lambda tensors: with_more_rows(tensors, name))
     assert complaint(single_file_model=file, config_dir=DEMO).startswith(f"{file} has ")
+
+
+def change_json(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_a_scheduler_that_the_library_lacks_is_told(model: Path) -> None:
+    change_json(model / "model_index.json", scheduler=["diffusers", "NoSuchScheduler"])
+    sentence = complaint(model_id=str(model))
+    assert sentence.startswith(f"{model / 'model_index.json'} names diffusers.NoSuchScheduler as scheduler, which ")
+    assert " does not have; download it again" in sentence
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_a_tokenizer_that_says_more_than_its_text_encoder_reads_is_told(
+    model: Path, folders: Path, single_file: bool
+) -> None:
+    file = {"single_file_model": folders / "base.safetensors", "config_dir": model}
+    settings: dict[str, Any] = file if single_file else {"model_id": str(model)}
+    change_json(model / "tokenizer_2/tokenizer_config.json", model_max_length=10**30)
+    assert complaint(**settings).startswith(
+        f"{model / 'tokenizer_2/tokenizer_config.json'} must have a model_max_length of at most 77 tokens"
+    )
+    vocabulary = json.loads((model / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    (model / "tokenizer/tokenizer.json").unlink()
+    moved = {token: number + 1 for token, number in vocabulary.items()}
+    (model / "tokenizer/vocab.json").write_text(json.dumps(moved), encoding="utf-8")
+    assert complaint(**settings).startswith(
+        f"{model / 'tokenizer'} has a token with the number 623, but its text encoder knows those up to 622"
+    )
+
+
+def test_a_single_file_with_a_part_of_a_vocabulary_is_told(model: Path, folders: Path) -> None:
+    (model / "tokenizer_2/tokenizer.json").unlink()
+    (model / "tokenizer_2/merges.txt").write_text("")
+    sentence = complaint(single_file_model=folders / "base.safetensors", config_dir=model)
+    assert sentence.startswith(f"{model / 'tokenizer_2/merges.txt'} is cut off, or another vocabulary's")
 
 
 def test_a_single_file_with_another_models_configuration_is_told(folders: Path, model: Path) -> None:

@@ -48,6 +48,16 @@ def test_the_header_of_a_whole_file_tells_names_and_shapes() -> None:
     assert checkpoint.shapes["encoder.conv_in.weight"] == (16, 3, 3, 3)
 
 
+def test_the_header_tells_which_tensors_hold_whole_numbers(tmp_path: Path) -> None:
+    kinds = ("F32", "BF16", "F8_E4M3", "I8", "U8", "I64")
+    sizes = (4, 2, 1, 1, 1, 8)
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    header = {kind: entry(end - size, end, [1], kind) for kind, size, end in zip(kinds, sizes, ends, strict=True)}
+    checkpoint = read_checkpoint(make(tmp_path, with_header(header, bytes(ends[-1]))))
+    assert checkpoint.integers == {"I8", "U8", "I64"}
+    assert not read_checkpoint(WHOLE).integers
+
+
 def test_a_file_may_hold_metadata_scalars_and_empty_tensors(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, "b": entry(4, 4, [0, 5]), "a": entry(0, 4, [])}
     assert read_checkpoint(make(tmp_path, with_header(header, b"1234"))).shapes == {"a": (), "b": (0, 5)}

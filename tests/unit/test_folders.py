@@ -110,6 +110,76 @@ def test_shards_are_found_through_their_index(model: Path) -> None:
     assert read_folder(model).components["unet"].weights == (shard,)
 
 
+def write_weights(path: Path, name: str = "conv_in.weight", dtype: str = "F32") -> None:
+    size = {"F32": 4, "I32": 4, "I8": 1, "I64": 8}[dtype]
+    header = json.dumps({name: {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_of_shards_beside_a_whole_file_those_are_checked_that_are_read(
+    model: Path, component: str, variant: str
+) -> None:
+    """diffusers reads the shards, transformers the whole file."""
+    whole = model / weights(component, variant)
+    if variant:
+        (model / weights(component)).rename(whole)
+    shard = whole.with_name("shard.safetensors")
+    index = whole.with_name(f"{Path(weights(component)).name}.index{variant}.json")
+    index.write_text(json.dumps({"weight_map": {"a": shard.name}}))
+    read, other = (shard, whole) if component == "unet" else (whole, shard)
+    write_weights(read)
+    other.write_bytes(b"damaged, and read by nobody")
+    assert read_folder(model).components[component].weights == (read,)
+    cut(read)
+    assert complaint(model).startswith(f"{read} is ")
+
+
+def without_tokenizer_json(model: Path, lines: slice = slice(None)) -> Path:
+    """The tokenizers as SDXL 1.0 has them, with so many lines of their merges; the folder of the first."""
+    for folder in (model / "tokenizer", model / "tokenizer_2"):
+        (folder / "tokenizer.json").unlink()
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        (folder / "merges.txt").write_text("\n".join(merges[lines]), encoding="utf-8")
+    return model / "tokenizer"
+
+
+def test_a_vocabulary_with_all_its_merges_is_whole(model: Path) -> None:
+    without_tokenizer_json(model)
+    # Neither a byte nor what only marks a place comes of a merge, and lines may end as on Windows.
+    vocabulary = json.loads((model / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    vocabulary |= {"<|pad|>": len(vocabulary), "<s1>": len(vocabulary) + 1}
+    (model / "tokenizer/vocab.json").write_text(json.dumps(vocabulary))
+    merges = (model / "tokenizer/merges.txt").read_bytes()
+    (model / "tokenizer/merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    assert read_folder(model).kind is Kind.SDXL
+
+
+@pytest.mark.parametrize(("kept", "lost"), [(0, 109), (1, 109), (5, 105), (109, 1)])
+def test_a_vocabulary_that_lacks_merges_is_told(model: Path, kept: int, lost: int) -> None:
+    without_tokenizer_json(model, slice(kept))
+    assert complaint(model).startswith(
+        f"{model / 'tokenizer/merges.txt'} is cut off, or another vocabulary's: it lacks the merges of {lost} tokens"
+    )
+
+
+def test_merges_that_nobody_reads_may_be_anything(model: Path) -> None:
+    (model / "tokenizer/merges.txt").write_text("")
+    assert read_folder(model).kind is Kind.SDXL
+
+
+def test_whole_numbers_are_taken_where_the_configuration_knows_of_them_and_where_they_are_no_weights(
+    model: Path,
+) -> None:
+    write_weights(model / weights("text_encoder"), "text_model.embeddings.position_ids", "I64")
+    write_weights(model / UNET, dtype="I8")
+    config = json.loads((model / "unet/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (model / "unet/config.json").write_text(json.dumps(config))
+    assert read_folder(model).components["unet"].weights == (model / UNET,)
+
+
 def test_weights_that_come_from_elsewhere_need_not_be_there(model: Path) -> None:
     (model / UNET).unlink()
     assert read_folder(model, without_weights={"unet"}).components["unet"].weights == ()
@@ -153,6 +223,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         lambda m: remove(m / "tokenizer/vocab.json", m / "tokenizer/tokenizer.json"),
         "tokenizer",
         "has no vocabulary",
+    ),
+    "no-tokenizer-config": (
+        lambda m: (m / "tokenizer/tokenizer_config.json").unlink(),
+        "tokenizer/tokenizer_config.json",
+        "does not exist; download the whole",
+    ),
+    "cut-vocabulary": (
+        lambda m: cut(without_tokenizer_json(m) / "vocab.json"),
+        "tokenizer/vocab.json",
+        "cannot be read: ",
+    ),
+    "whole-numbers": (
+        lambda m: write_weights(m / UNET, dtype="I32"),
+        UNET,
+        "has conv_in.weight in whole numbers, but its configuration says nothing of quantization",
+    ),
+    "a-scheduler-of-flux": (
+        lambda m: change_index(m, scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]),
+        "model_index.json",
+        "as scheduler; served are diffusers' schedulers, but for SDXL none of flow matching",
     ),
     "a-program": (lambda m: (m / "unet" / "attention.py").write_text(""), "unet/attention.py", "is a program"),
     "index-is-no-json": (lambda m: (m / "model_index.json").write_text("{]"), "model_index.json", "cannot be read: "),
