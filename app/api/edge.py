@@ -358,7 +358,7 @@ async def wait_for(ticket: Ticket, request: Request) -> Generation:
         return done.result()
     finally:
         gone.cancel()
-        ticket.leave()
+        ticket.leave(request_id=request_id.get())
 
 
 async def hung_up(request: Request) -> None:

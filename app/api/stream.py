@@ -110,7 +110,7 @@ def router(serving: Serving) -> APIRouter:
             # What goes wrong before the first event is an error like any other.
             exchange = stack.enter_context(Exchange(serving, "stream"))
             call, ticket = await exchange.accept(request, parse(request), check_stream, news.hear)
-            stack.callback(ticket.leave)
+            stack.callback(ticket.leave, news.hear, request_id.get())
 
             async def finish(generation: Awaitable[Generation]) -> bytes:
                 answer, _ = await exchange.write(write(request), call, await exchange.wait(generation))

@@ -59,10 +59,10 @@ def choose(
     signatures = {image: signature(image) for image in ordered}
     turn = stay if stay is not None and stay in signatures.values() else signatures[ordered[0]]
     candidates = [image for image in ordered if signatures[image] == turn]
-    return _fill(candidates, rows, most_rows, most_load)
+    return fill(candidates, rows, most_rows, most_load)
 
 
-def _fill(candidates: Sequence[Image], rows: Callable[[Image], int], most_rows: int, most_load: float) -> list[Image]:
+def fill(candidates: Sequence[Image], rows: Callable[[Image], int], most_rows: int, most_load: float) -> list[Image]:
     """As many of `candidates` as there is room for, in order; the first one in any case."""
     chosen: list[Image] = []
     taken, load = 0, 0.0

@@ -162,7 +162,7 @@ class Queue:
                 ticket.listeners.append(listener)
                 if place := self._place_of(ticket):
                     ticket.place, seconds = place
-                    listener(ticket.progress(seconds))
+                    ticket.tell_one(listener, ticket.progress(seconds))
         return ticket
 
     def _check_open(self) -> None:
@@ -313,12 +313,19 @@ class Queue:
             waited = in_seconds(now - ticket.accepted)
             self.end(ticket, DeadlineExceeded(f"The request was not done after {waited} and was given up."))
 
-    def leave(self, ticket: Ticket) -> None:
-        """One caller waits no longer; with the last one the request is cancelled."""
+    def leave(self, ticket: Ticket, listener: Listener | None = None, request_id: str | None = None) -> None:
+        """One caller waits no longer; with the last one the request is cancelled. See `Ticket.leave`."""
         with self.condition:
             ticket.waiters -= 1
             if ticket.waiters <= 0:
                 ticket.cancel()
+            if ticket.over:
+                return
+            if listener in ticket.listeners:
+                ticket.listeners.remove(listener)
+            if request_id in ticket.request_ids:
+                ticket.request_ids.remove(request_id)
+                self._remember(request_id, ticket, Cancelled("The caller left."))
 
     def _remember(self, request_id: str | None, ticket: Ticket, fault: RuntimeFault | None) -> None:
         if request_id is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import enum
 import itertools
 import logging
@@ -46,7 +47,7 @@ class Keeper(Protocol):
     def end(self, ticket: Ticket, fault: RuntimeFault | None) -> None:
         """Resolve a ticket; only the first call does anything."""
 
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, ticket: Ticket, listener: Listener | None, request_id: str | None) -> None:
         """One caller waits no longer."""
 
 
@@ -59,6 +60,7 @@ class Image:
         conditioning: what the text encoders said, until its job has begun.
         job: its state on the device, until it is decoded.
         steps: that it takes from start to end.
+        left: when a device first left it to another one that has less to do.
         began: when it left the queue.
         rows: that it brings to its next forward pass, once its job has begun.
     """
@@ -70,6 +72,7 @@ class Image:
     stage: Stage = Stage.WAITING
     conditioning: Any = None
     job: Job | None = None
+    left: float = 0.0
     began: float = 0.0
     steps_done: int = 0
     rows: int = 0
@@ -146,9 +149,14 @@ class Ticket:
     def fail(self, fault: RuntimeFault) -> None:
         self.keeper.end(self, fault)
 
-    def leave(self) -> None:
-        """One caller waits no longer; with the last one the request is cancelled, unless it is over."""
-        self.keeper.leave(self)
+    def leave(self, listener: Listener | None = None, request_id: str | None = None) -> None:
+        """One caller waits no longer; with the last one the request is cancelled, unless it is over.
+
+        Args:
+            listener: the caller's, which hears no more.
+            request_id: the caller's, by which the others' request can be asked about and cancelled no more.
+        """
+        self.keeper.leave(self, listener, request_id)
 
     @property
     def known_as(self) -> str:
@@ -182,10 +190,14 @@ class Ticket:
 
     def tell(self, news: Progress | Preview) -> None:
         for listener in tuple(self.listeners):
-            try:
-                listener(news)
-            except Exception:  # a listener's mistake is not the device's
-                logger.exception("a listener failed")
+            self.tell_one(listener, news)
+
+    def tell_one(self, listener: Listener, news: Progress | Preview) -> None:
+        try:
+            listener(news)
+        except Exception:  # a listener's mistake is not the device's
+            logger.exception("a listener failed")
+            with contextlib.suppress(ValueError):  # the request may have ended meanwhile, and with it all listening
                 self.listeners.remove(listener)
 
     def progress(self, seconds: float | None) -> Progress:

@@ -5,6 +5,8 @@ One thread calls it and everything of its family. Knows no HTTP, and not how req
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -185,7 +187,7 @@ class Worker:
                 return
 
     def _take(self) -> Iterator[Image]:
-        while image := self._queue.take(self._may_begin):
+        while image := self._queue.take(functools.partial(self._may_begin, self._spare())):
             self.running.append(image)
             yield image
 
@@ -195,26 +197,43 @@ class Worker:
             self._attempts.go("begin", [image], self._begin, lambda image: image.job is not None)
         self._forget_over()
 
-    def _may_begin(self, image: Image) -> bool:
-        """Whether there is room for one more: for a whole pass of each size, so that every turn finds company.
+    def _may_begin(self, spare: float, image: Image) -> bool:
+        """Whether there is room for one more, and no peer should have it.
 
-        The more urgent may begin in any case; what it takes the turn from waits with its latents.
+        There is for a whole pass of each size, so that every turn finds company. Beyond that there is for whoever the
+        next pass would take along: one that fits rows which are too few for those before it, or a more urgent one; what
+        that takes the turn from waits with its latents.
         """
-        if self._peer_has_less():
-            return False
         interleaves = self.family.interleaves
         same = [other for other in self.running if other.remaining and (other.size == image.size or not interleaves)]
-        if sum(map(self._costs.rows, same)) < self._most_rows:
-            return True
-        return interleaves and policy.urgency(image) < max(map(policy.urgency, same))
+        if sum(map(self._costs.rows, same)) >= self._most_rows:
+            ordered = sorted([*same, image], key=policy.urgency)
+            most_load = self._attempts.step_budget.now
+            if image not in policy.fill(ordered, self._costs.rows, self._most_rows, most_load):
+                return False
+        return self._work(image) <= spare or self._left_for_long(image)
 
-    def _peer_has_less(self) -> bool:
-        return any(peer.load_left < self.load_left for peer in self.peers)
+    def _spare(self) -> float:
+        """The work that it may take in: any, unless a peer has less, to which it leaves what exceeds its own share."""
+        own, others = self.work_left, [peer.work_left for peer in self.peers]
+        if own <= min(others, default=own):
+            return math.inf
+        waiting = sum(map(self._work, list(self._queue.waiting)))
+        return (own + sum(others) + waiting) / (1 + len(others)) - own
+
+    def _left_for_long(self, image: Image) -> bool:
+        """Whether it was left to the peers for a while and none has come: it may be full, in a long decode, or hang."""
+        now = self._clock()
+        image.left = image.left or now
+        return now - image.left >= max(LET_IN_SECONDS, self._pass_seconds)
 
     @property
-    def load_left(self) -> float:
+    def work_left(self) -> int:
         """Pixels times rows times steps that it still has to do."""
-        return sum(image.remaining * self._costs.rows(image) * image.size for image in list(self.running))
+        return sum(map(self._work, list(self.running)))
+
+    def _work(self, image: Image) -> int:
+        return image.remaining * self._costs.rows(image) * image.size
 
     def _encode(self, images: Sequence[Image]) -> None:
         conditionings = self.family.encode_all([image.request for image in images])
@@ -260,7 +279,6 @@ class Worker:
 
     def _tell(self, images: Sequence[Image], before: dict[Image, int]) -> None:
         """Tell of the steps that were taken."""
-        now = self._clock()
         steps: dict[Ticket, int] = {}
         for image in images:
             if image.job is not None:
@@ -268,10 +286,13 @@ class Worker:
             if image.steps_done > before[image]:
                 steps[image.ticket] = steps.get(image.ticket, 0) + image.steps_done - before[image]
         self._telemetry.steps.inc(sum(steps.values()))
-        for ticket, count in steps.items():
-            ticket.stepped(count, now)
-            if ticket.listeners:
-                ticket.tell(ticket.progress(admission.remaining(ticket, self._costs)))
+        # One device at a time: what two that paint one request tell of it must not go back.
+        with self._queue.condition:
+            now = self._clock()
+            for ticket, count in steps.items():
+                ticket.stepped(count, now)
+                if ticket.listeners:
+                    ticket.tell(ticket.progress(admission.remaining(ticket, self._costs)))
         for image in images:
             wish, new = image.ticket.preview, image.steps_done > before[image]
             if wish and new and image.ticket.listeners and image.remaining and image.steps_done % wish.every == 0:

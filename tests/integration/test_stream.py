@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from app.engine.family import Family
+from app.engine.ticket import Ticket
 from app.generation import GenerateRequest
 from app.main import create_app
 from app.settings import Settings
@@ -520,12 +522,16 @@ async def test_a_key_that_is_none_is_refused(key: str) -> None:
 async def test_the_first_callers_hanging_up_leaves_the_second_its_picture() -> None:
     family = Gated()
     async with running(family) as server:
-        first = server.stream({"prompt": "p"}, Idempotency_Key="k")
+        first = server.stream({"prompt": "p"}, Idempotency_Key="k", X_Request_Id="first")
         await first.start()
         await asyncio.to_thread(family.waiting.wait, WAIT)
-        second = server.stream({"prompt": "p"}, Idempotency_Key="k")
+        second = server.stream({"prompt": "p"}, Idempotency_Key="k", X_Request_Id="second")
         await second.start()
         await first.hang_up()
+        states = [(await server.client.get(f"/v2/requests/{each}")).json()["state"] for each in ("first", "second")]
+        assert states == ["cancelled", "running"]
+        (ticket,) = (each for each in gc.get_objects() if type(each) is Ticket and "second" in each.request_ids)
+        assert len(ticket.listeners) == 1
         family.permit(100)
         assert (await second.events())[-1][0] == "done"
         assert await server.metric("sdxl_cancelled_total") == 0

@@ -517,6 +517,69 @@ def test_a_listener_that_fails_hears_no_more_and_the_others_hear_all(caplog: pyt
     assert ticket.future.result(0).images
 
 
+def test_a_listener_that_fails_at_once_costs_neither_the_request_nor_its_place() -> None:
+    simulation, _ = measured()
+
+    def fails(_: Progress | Preview) -> None:
+        raise ZeroDivisionError
+
+    ticket = simulation.submit(listener=fails)
+    assert ticket.listeners == []
+    simulation.run()
+    assert ticket.future.result(0).images
+
+
+def test_a_listener_that_fails_as_its_request_ends_is_not_the_devices_fault() -> None:
+    simulation, _ = measured()
+
+    def fails(news: Progress | Preview) -> None:
+        if isinstance(news, Progress) and news.steps_done:
+            ticket.cancel()
+            raise ZeroDivisionError
+
+    ticket = simulation.submit(listener=fails)
+    simulation.run()
+    assert isinstance(ticket.future.exception(0), Cancelled)
+    simulation.assert_empty()
+
+
+@pytest.mark.parametrize("moment", ["before the steps are noted", "before a listener hears of them"])
+def test_what_two_devices_tell_of_one_request_never_goes_back(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    simulation = Simulation(Timed(clock), Timed(clock), clock=clock)
+    heard: list[Progress] = []
+    times: list[float] = []
+    meanwhile: list[threading.Thread] = []
+
+    def other_device() -> None:
+        """Let the second device take its turn while the first one is at this point of its own."""
+        if not meanwhile and heard:
+            meanwhile.append(threading.Thread(target=simulation.workers[1].turn))
+            meanwhile[0].start()
+            meanwhile[0].join(0.2)
+
+    def listen(news: Progress | Preview) -> None:
+        if moment == "before a listener hears of them":
+            other_device()
+        if isinstance(news, Progress) and not news.place:
+            heard.append(news)
+
+    def stepped(ticket: Ticket, steps: int, now: float) -> None:
+        if moment == "before the steps are noted":
+            other_device()
+        times.append(now)
+        note(ticket, steps, now)
+
+    note = Ticket.stepped
+    monkeypatch.setattr(Ticket, "stepped", stepped)
+    simulation.submit(num_images_per_prompt=2, num_inference_steps=10, listener=listen)
+    simulation.turn()
+    simulation.workers[0].turn()
+    meanwhile[0].join()
+    steps = [news.steps_done for news in heard]
+    assert steps == sorted(steps) and times == sorted(times) and len(steps) == len(times) == 4
+
+
 def test_whoever_waits_is_told_less_as_those_before_are_painted() -> None:
     simulation, _ = measured(max_batch_size=1)
     simulation.submit(num_inference_steps=20)
@@ -672,6 +735,29 @@ def test_one_of_two_callers_may_leave_and_the_other_gets_the_picture() -> None:
     assert isinstance(alone.future.exception(0), Cancelled)
 
 
+def test_whoever_leaves_what_others_wait_for_hears_no_more_of_it_and_its_id_is_nobodys() -> None:
+    simulation, _ = measured()
+    heard: dict[str, list[Progress | Preview]] = {"first": [], "second": []}
+    for name, news in heard.items():
+        ticket = simulation.submit(once=ONCE, request_id=name, listener=news.append)
+    ticket.leave(heard["first"].append, "first")
+    told = len(heard["first"])
+    assert simulation.queue.status("first").state is RequestState.CANCELLED
+    assert simulation.queue.cancel("first").state is RequestState.CANCELLED
+    simulation.run()
+    assert len(heard["first"]) == told and len(heard["second"]) > told
+    ticket.leave(heard["second"].append, "second")
+    assert simulation.queue.status("second").state is RequestState.DONE
+    assert ticket.future.result(0).images
+
+
+def test_the_last_who_leaves_is_told_that_the_request_was_cancelled() -> None:
+    simulation, _ = measured()
+    simulation.submit(request_id="only").leave(None, "only")
+    assert simulation.queue.status("only").state is RequestState.CANCELLED
+    simulation.assert_empty()
+
+
 def test_nobody_joins_between_the_last_caller_that_leaves_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation, _ = measured()
     joined: list[Ticket] = []
@@ -768,6 +854,43 @@ def test_an_idle_device_takes_what_a_busy_one_would_have_to_queue() -> None:
     simulation.workers[1].turn()
     assert idle.began == [2]
     simulation.run()
+
+
+def test_what_is_left_to_another_device_that_does_not_come_is_taken_one_pass_later() -> None:
+    clock = Clock()
+    busy, away = Timed(clock), Timed(clock)
+    simulation = Simulation(busy, away, clock=clock)
+    long = simulation.submit(num_inference_steps=300, seed=1)
+    simulation.workers[0].turn()
+    # The other one takes no turn: it may be in the middle of a long decode, or hang.
+    urgent = [simulation.submit(num_inference_steps=4, seed=seed, timeout=40.0, priority=1) for seed in (2, 3, 4)]
+    while not all(ticket.over for ticket in urgent):
+        simulation.workers[0].turn()
+    assert all(ticket.future.result(0).images for ticket in urgent)
+    assert [sorted(seeds) for seeds in busy.passes] == [[1]] * 2 + [[1, 2, 3, 4]] * 4 and not long.over
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_where_enough_waits_for_all_devices_each_fills_its_passes(devices: int, steps: int) -> None:
+    clock = Clock()
+    families = [Timed(clock) for _ in range(devices)]
+    simulation = Simulation(*families, clock=clock, max_batch_size=16)
+    for turn in range(10 * steps):
+        while places_taken(simulation.queue) < 32 * devices:
+            simulation.submit(num_inference_steps=steps)
+        simulation.turn()
+        assert [len(family.passes[turn]) for family in families] == [16] * devices
+
+
+@pytest.mark.parametrize("images", [3, 4, 6, 13, 40, 63])
+def test_what_waits_is_spread_evenly_over_all_devices(images: int) -> None:
+    families = [Instant() for _ in range(4)]
+    simulation = Simulation(*families, max_batch_size=16)
+    simulation.submit(num_images_per_prompt=images, num_inference_steps=100)
+    simulation.turn(4)
+    began = [len(family.began) for family in families]
+    assert sum(began) == images and max(began) - min(began) <= 1
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

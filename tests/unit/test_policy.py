@@ -251,6 +251,17 @@ def test_where_guidance_has_ended_an_image_takes_one_row_and_makes_room() -> Non
     assert simulation.costs.step(16 * 16, 4) == pytest.approx(family.fixed + family.per_row * 4)
 
 
+def test_a_row_that_is_too_small_for_the_next_goes_to_whom_it_fits() -> None:
+    simulation, family = timed(max_batch_size=3)
+    for seed in range(4):
+        simulation.submit(seed=seed, num_inference_steps=20, guidance_scale=5.0)
+    simulation.turn()
+    for seed in (8, 9):
+        simulation.submit(seed=seed, num_inference_steps=5, priority=9)
+    simulation.turn(10)
+    assert family.passes == [[0]] + [[0, 8]] * 5 + [[0, 9]] * 5
+
+
 def test_one_image_goes_however_few_rows_a_pass_may_have() -> None:
     simulation, family = timed(max_batch_size=1)
     simulation.submit(guidance_scale=5.0)
